@@ -1,0 +1,141 @@
+"""Inner solvers: `condition, x0, theta -> InnerSolution`."""
+
+import abc
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PyTree, Scalar
+
+from .._problem import AbstractCondition
+from .._results import RESULTS
+from .._tree import default_rtol, tree_all_finite, tree_larger, tree_norm
+
+
+class Counts(eqx.Module):
+    """How often the oracles of a problem were called.
+
+    A Hessian product is a product with the derivative of the inner residual in `x` (or
+    its transpose), a cross product one with its derivative in `theta`.
+    """
+
+    num_gradients: Int[Array, ""]
+    num_hessian_products: Int[Array, ""]
+    num_cross_products: Int[Array, ""]
+
+    def __init__(self, gradients: object = 0, hessian: object = 0, cross: object = 0) -> None:
+        self.num_gradients = jnp.asarray(gradients, jnp.int32)
+        self.num_hessian_products = jnp.asarray(hessian, jnp.int32)
+        self.num_cross_products = jnp.asarray(cross, jnp.int32)
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return jax.tree_util.tree_map(jnp.add, self, other)
+
+
+class InnerSolution(eqx.Module):
+    """What an inner solver found.
+
+    Law: `result` is successful exactly if `residual <= tolerance`, where `residual` is the
+    two-norm of `condition.residual(x, theta)`, measured at the returned `x`.
+    """
+
+    x: PyTree[Array]
+    residual: Scalar
+    tolerance: Scalar
+    num_steps: Int[Array, ""]
+    result: RESULTS
+    counts: Counts
+
+
+class AbstractInnerSolver(eqx.Module):
+    """Finds `x*(theta)`.
+
+    `state` is what the solver itself carries from one outer step to the next (an
+    optimiser's moments, say); most solvers have none. The warm start from the previous
+    `x` is not in it: it arrives as `x0`.
+    """
+
+    @abc.abstractmethod
+    def init(self, condition: AbstractCondition, x0: PyTree, theta: PyTree) -> PyTree:
+        """The state before the first solve."""
+
+    @abc.abstractmethod
+    def solve(
+        self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: PyTree
+    ) -> tuple[InnerSolution, PyTree]:
+        """The solution from `x0`, and the state for the next solve. Not differentiated."""
+
+
+class AbstractSteppingSolver(AbstractInnerSolver):
+    """An inner solver that is a loop over `step`, and so can be unrolled.
+
+    The carry is a pytree of arrays. Law: `solve` is `finish` of the carry after
+    repeating `step` until `is_done` or the solver's number of steps.
+    """
+
+    num_steps: eqx.AbstractVar[int]
+
+    @abc.abstractmethod
+    def start(
+        self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: PyTree
+    ) -> PyTree[Array]:
+        """The carry before the first step."""
+
+    @abc.abstractmethod
+    def step(
+        self, condition: AbstractCondition, theta: PyTree, carry: PyTree[Array]
+    ) -> PyTree[Array]:
+        """One update of the algorithm."""
+
+    @abc.abstractmethod
+    def is_done(self, carry: PyTree[Array]) -> Array | bool:
+        """Whether to stop; the constant `False` for a fixed number of steps."""
+
+    @abc.abstractmethod
+    def finish(self, condition: AbstractCondition, carry: PyTree[Array]) -> tuple[PyTree, PyTree]:
+        """`x` and the solver's state for the next solve."""
+
+
+def measure(
+    condition: AbstractCondition,
+    x: PyTree,
+    x0: PyTree,
+    theta: PyTree,
+    rtol: float | None,
+    atol: float | None,
+    num_steps: object,
+    counts: Counts,
+) -> InnerSolution:
+    """The evidence for an `x` that came from anywhere.
+
+    A zero of a gradient has no scale of its own, and the gradient at `x0` says nothing
+    after a warm start. The residual is therefore compared with `||A z||`, `A` the
+    derivative of the residual at `x` and `z` the larger of `x` and `x0` entry by entry:
+    for `U = 1/2 x'Ax - c'x` that is `||c||`. One gradient and one Hessian product.
+    """
+    rtol = default_rtol(x) if rtol is None else rtol
+    residual, scale = residual_and_scale(condition, x, x0, theta)
+    tolerance = (0.0 if atol is None else atol) + rtol * scale
+    result = RESULTS.where(
+        residual <= tolerance, RESULTS.successful, RESULTS.inner_not_converged
+    )
+    finite = jnp.isfinite(residual) & tree_all_finite(x)
+    result = RESULTS.where(finite, result, RESULTS.nonfinite)
+    return InnerSolution(
+        x=x,
+        residual=residual,
+        tolerance=tolerance,
+        num_steps=jnp.asarray(num_steps, jnp.int32),
+        result=result,
+        counts=counts + Counts(gradients=1, hessian=1),
+    )
+
+
+def residual_and_scale(
+    condition: AbstractCondition, x: PyTree, x0: PyTree, theta: PyTree
+) -> tuple[Scalar, Scalar]:
+    """`||residual||` and the `||A z||` it is compared with; see `measure`."""
+    residual, product = jax.jvp(
+        lambda x: condition.residual(x, theta), (x,), (tree_larger(x, x0),)
+    )
+    return tree_norm(residual), tree_norm(product)

@@ -1,0 +1,117 @@
+"""Linear systems `A v = b` given by products: `solver, matvec, b, v0 -> LinearSolution`."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Int, PyTree, Scalar
+
+from .._results import RESULTS
+from .._tree import tree_all_finite, tree_norm, tree_sub
+
+
+class LinearSolution(eqx.Module):
+    """What a linear solver found.
+
+    `residual` is `||b - A v|| / ||b||` (zero if `b` is zero). A solver returns its own
+    idea of it; `verify` replaces it by the measured one.
+    """
+
+    value: PyTree[Array]
+    residual: Scalar
+    tolerance: Scalar  # what `residual` had to reach; infinite for a fixed number of steps
+    num_steps: Int[Array, ""]
+    num_products: Int[Array, ""]
+    result: RESULTS
+
+
+class AbstractIterativeLinearSolver(lx.AbstractLinearSolver):
+    """A linear solver of ours, usable in `lineax.linear_solve` by anybody.
+
+    Subclasses give `solve`; the rest is Lineax' interface. Pytrees in and out. In Lineax'
+    `options`, `y0` is the initial guess and `preconditioner` an operator or a callable
+    that approximates the inverse.
+    """
+
+    @abc.abstractmethod
+    def solve(
+        self,
+        matvec: Callable[[PyTree], PyTree],
+        b: PyTree[Array],
+        v0: PyTree[Array] | None = None,
+        preconditioner: Callable[[PyTree], PyTree] | None = None,
+    ) -> LinearSolution:
+        """Solve `A v = b` from `v0`. Without `v0`, `A(0)` is never evaluated."""
+
+    def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> Any:
+        del options
+        if operator.in_size() != operator.out_size():
+            raise ValueError(
+                f"{type(self).__name__} solves square systems; got an operator from "
+                f"{operator.in_size()} to {operator.out_size()} entries. Use lx.LSMR(...)."
+            )
+        return lx.linearise(operator)
+
+    def compute(self, state: Any, vector: PyTree[Array], options: dict[str, Any]) -> Any:
+        preconditioner = options.get("preconditioner")
+        if isinstance(preconditioner, lx.AbstractLinearOperator):
+            preconditioner = preconditioner.mv
+        solution = self.solve(state.mv, vector, options.get("y0"), preconditioner)
+        solution = verify(solution, vector, state.mv(solution.value))
+        stats = {
+            "num_steps": solution.num_steps,
+            "num_products": solution.num_products,
+            "residual": solution.residual,
+            "result": solution.result,
+        }
+        return solution.value, _to_lineax(solution.result), stats
+
+    def transpose(self, state: Any, options: dict[str, Any]) -> Any:
+        return state.transpose(), options
+
+    def conj(self, state: Any, options: dict[str, Any]) -> Any:
+        return lx.conj(state), options
+
+    def assume_full_rank(self) -> bool:
+        return True
+
+
+def verify(solution: LinearSolution, b: PyTree[Array], product: PyTree[Array]) -> LinearSolution:
+    """`solution` with its residual measured from `product`, which is `A v`.
+
+    A solver that claims success beyond what is measured has met the precision floor: a
+    recursive residual keeps falling where the true one cannot. Twice the tolerance is
+    granted, for the rounding of the measurement itself.
+    """
+    norm_b = tree_norm(b)
+    residual = tree_norm(tree_sub(b, product)) / jnp.where(norm_b > 0, norm_b, 1)
+    finite = tree_all_finite((b, solution.value, product))
+    result = RESULTS.where(
+        (solution.result == RESULTS.successful) & (residual > 2 * solution.tolerance),
+        RESULTS.stalled,
+        solution.result,
+    )
+    result = RESULTS.where(finite, result, RESULTS.nonfinite)
+    num_products = solution.num_products + 1
+    return eqx.tree_at(
+        lambda s: (s.residual, s.result, s.num_products),
+        solution,
+        (residual, result, num_products),
+    )
+
+
+def _to_lineax(result: RESULTS) -> Any:
+    """The nearest of Lineax' outcomes; the exact one is in `stats["result"]`."""
+    out = lx.RESULTS.successful
+    for ours, theirs in (
+        (RESULTS.adjoint_not_converged, lx.RESULTS.max_steps_reached),
+        (RESULTS.negative_curvature, lx.RESULTS.breakdown),
+        (RESULTS.singular, lx.RESULTS.singular),
+        (RESULTS.stalled, lx.RESULTS.stagnation),
+        (RESULTS.nonfinite, lx.RESULTS.nonfinite_input),
+    ):
+        out = lx.RESULTS.where(result == ours, theirs, out)
+    return out

@@ -1,0 +1,318 @@
+"""The bilevel problem, and the conditions that define `x*(theta)`."""
+
+import abc
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree, Scalar
+
+from ._tree import strong, tree_sub
+
+
+class AbstractCondition(eqx.Module):
+    """What makes `x` the inner solution: the map `residual` whose zero is `x*(theta)`.
+
+    Law: at the inner solution `residual(x, theta)` is zero. Implicit differentiation uses
+    nothing else of the inner problem.
+    """
+
+    fn: eqx.AbstractVar[Callable]
+    data: eqx.AbstractVar[PyTree]
+    is_symmetric: eqx.AbstractClassVar[bool]  # of the derivative of the residual in x
+
+    @abc.abstractmethod
+    def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
+        """The map whose zero is `x*(theta)`, in the structure of `x`."""
+
+    def __call__(self, x: PyTree, theta: PyTree) -> Any:
+        """The user's function, with its data if the level has any."""
+        return _call(self.fn, x, theta, self.data)
+
+
+class Minimum(AbstractCondition):
+    """`x*(theta)` minimises `fn(x, theta)` or, with data, `fn(x, theta, data)`.
+
+    The residual is `grad_x fn`; its derivative in `x`, the Hessian, is symmetric. A plain
+    function given to `Bilevel` is promoted to this.
+    """
+
+    fn: Callable
+    data: PyTree = None
+    is_symmetric: ClassVar[bool] = True
+
+    def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
+        return jax.grad(self.__call__)(x, theta)
+
+
+class LeastSquares(AbstractCondition):
+    """`x*(theta)` minimises `1/2 ||fn(x, theta)||^2`, `fn` returning a pytree of arrays.
+
+    As `Minimum` of that objective; least-squares solvers (Gauss-Newton,
+    Levenberg-Marquardt, ...) use the residuals `fn` themselves.
+    """
+
+    fn: Callable
+    data: PyTree = None
+    is_symmetric: ClassVar[bool] = True
+
+    def objective(self, x: PyTree, theta: PyTree) -> Scalar:
+        squares = [jnp.sum(r**2) for r in jtu.tree_leaves(self(x, theta))]
+        return 0.5 * sum(squares[1:], squares[0])
+
+    def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
+        return jax.grad(self.objective)(x, theta)
+
+
+class Root(AbstractCondition):
+    """`x*(theta)` solves `fn(x, theta) = 0`, `fn` returning the structure of `x`."""
+
+    fn: Callable
+    data: PyTree = None
+    is_symmetric: ClassVar[bool] = False
+
+    def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
+        return self(x, theta)
+
+
+class FixedPoint(AbstractCondition):
+    """`x*(theta)` solves `x = fn(x, theta)`. The residual is `x - fn(x, theta)`."""
+
+    fn: Callable
+    data: PyTree = None
+    is_symmetric: ClassVar[bool] = False
+
+    def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
+        return tree_sub(x, self(x, theta))
+
+
+def objective(condition: AbstractCondition) -> Callable[[PyTree, PyTree], Scalar] | None:
+    """The scalar that the inner solution minimises, if there is one."""
+    if isinstance(condition, Minimum):
+        return condition.__call__
+    if isinstance(condition, LeastSquares):
+        return condition.objective
+    return None
+
+
+class Bilevel(eqx.Module):
+    """The bilevel problem `min_theta outer(x*(theta), theta)`.
+
+    `x*(theta)` is defined by `inner`: a scalar function to be minimised, or one of the
+    conditions `Minimum`, `LeastSquares`, `Root`, `FixedPoint`.
+
+    **Arguments:**
+
+    - `inner`: `(x, theta)` or, with `inner_data`, `(x, theta, data)` to a scalar; or a
+        condition.
+    - `outer`: `(x, theta)` or, with `outer_data`, `(x, theta, data)` to a scalar or to
+        `(scalar, aux)`.
+    - `inner_data`, `outer_data`: any pytree. Arrays in it are arguments of the compiled
+        program, not constants: new data of the same shape compile nothing.
+
+    `x`, `theta` and the data may be any pytree; `None` and non-array leaves pass through
+    untouched.
+
+    !!! example
+
+        ```python
+        import bilevax as bx, jax.numpy as jnp
+
+        problem = bx.Bilevel(
+            inner=lambda x, theta: 0.5 * (x - theta) ** 2 + 0.5 * x**2,
+            outer=lambda x, theta: (x - 1.0) ** 2,
+        )
+        solution = bx.solve(problem, x0=jnp.array(0.0), theta0=jnp.array(0.0), num_steps=50)
+        ```
+    """
+
+    inner: AbstractCondition
+    outer: Callable
+    outer_data: PyTree
+
+    def __init__(
+        self,
+        inner: Callable | AbstractCondition,
+        outer: Callable,
+        inner_data: PyTree = None,
+        outer_data: PyTree = None,
+    ) -> None:
+        if not isinstance(inner, AbstractCondition):
+            if not callable(inner):
+                raise TypeError(
+                    "`inner` must be a function (x, theta) -> scalar or a condition such as "
+                    f"bx.Root(fn); got {inner!r} of type {type(inner).__name__}."
+                )
+            inner = Minimum(inner)
+        if inner_data is not None:
+            if inner.data is not None:
+                raise ValueError(
+                    "The inner data were given twice: to the condition and as `inner_data`. "
+                    "Give them once."
+                )
+            inner = type(inner)(inner.fn, inner_data)  # type: ignore[call-arg]
+        if not callable(outer):
+            raise TypeError(
+                "`outer` must be a function (x, theta) -> scalar; got "
+                f"{outer!r} of type {type(outer).__name__}."
+            )
+        _check_arguments(inner.fn, "inner", inner.data is not None)
+        _check_arguments(outer, "outer", outer_data is not None)
+        self.inner = inner
+        self.outer = outer
+        self.outer_data = outer_data
+
+    @property
+    def inner_data(self) -> PyTree:
+        """The data of the inner level."""
+        return self.inner.data
+
+    def outer_value(self, x: PyTree, theta: PyTree) -> tuple[Scalar, PyTree]:
+        """`(value, aux)` of the outer objective; `aux` is `None` if there is none."""
+        out = _call(self.outer, x, theta, self.outer_data)
+        return out if isinstance(out, tuple) else (out, None)
+
+
+def _call(fn: Callable, x: PyTree, theta: PyTree, data: PyTree) -> Any:
+    return fn(x, theta) if data is None else fn(x, theta, data)
+
+
+def _check_arguments(fn: Callable, name: str, has_data: bool) -> None:
+    """Raise if `fn` cannot be called with `(x, theta)` or `(x, theta, data)`."""
+    wanted = ("x", "theta", "data") if has_data else ("x", "theta")
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # builtins have none: let the call itself complain
+        return
+    try:
+        signature.bind(*wanted)
+    except TypeError:
+        remedy = (
+            f"`{name}_data` was given, so it is called with the data as third argument"
+            if has_data
+            else f"no `{name}_data` was given, so it is called without data"
+        )
+        raise TypeError(
+            f"`{name}` must accept ({', '.join(wanted)}); got a function with signature "
+            f"{signature}: {remedy}."
+        ) from None
+
+
+def prepare(problem: Bilevel, x0: PyTree, theta: PyTree) -> tuple[Bilevel, PyTree, PyTree]:
+    """Check the input once, at the door; below it nobody checks again.
+
+    Returns the problem with the non-array leaves of `x` and `theta` bound into its
+    functions, and `x0` and `theta` as pytrees of strong-typed floating-point arrays.
+    `x0` may be a function of theta; it is then evaluated here to learn its structure, and
+    a function that returns the floating-point part is given back.
+    """
+    theta_arrays, theta_static = _split(theta, "theta")
+    x_example = x0(theta) if callable(x0) else x0
+    x_arrays, x_static = _split(x_example, "x0")
+    bound = problem
+    if jtu.tree_leaves((x_static, theta_static)):
+        bound = eqx.tree_at(
+            lambda p: (p.inner.fn, p.outer),
+            problem,
+            (
+                _Bound(problem.inner.fn, x_static, theta_static),
+                _Bound(problem.outer, x_static, theta_static),
+            ),
+        )
+    if callable(x0):
+        x_arrays = _BoundStart(x0, theta_static)
+    _check_values(bound, x_arrays(theta_arrays) if callable(x0) else x_arrays, theta_arrays)
+    return bound, x_arrays, theta_arrays
+
+
+def static_part(tree: PyTree) -> PyTree:
+    """The non-array leaves that `prepare` binds away, to be combined back at the end."""
+    return eqx.partition(tree, _is_numeric)[1]
+
+
+class _Bound(eqx.Module):
+    """A user's function with the non-array leaves of `x` and `theta` put back."""
+
+    fn: Callable
+    x_static: PyTree
+    theta_static: PyTree
+
+    def __call__(self, x: PyTree, theta: PyTree, *data: PyTree) -> Any:
+        return self.fn(
+            eqx.combine(x, self.x_static), eqx.combine(theta, self.theta_static), *data
+        )
+
+
+class _BoundStart(eqx.Module):
+    """`x0(theta)`, from and to pytrees of floating-point arrays."""
+
+    fn: Callable
+    theta_static: PyTree
+
+    def __call__(self, theta: PyTree) -> PyTree:
+        return _split(self.fn(eqx.combine(theta, self.theta_static)), "x0(theta)")[0]
+
+
+def _is_numeric(leaf: Any) -> bool:
+    return eqx.is_array_like(leaf) and not isinstance(leaf, bool)
+
+
+def _split(tree: PyTree, name: str) -> tuple[PyTree, PyTree]:
+    """Floating-point arrays and the rest; integers and complex numbers are refused."""
+    numeric, static = eqx.partition(tree, _is_numeric)
+    for path, leaf in jtu.tree_leaves_with_path(numeric):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            where = f"`{name}{jtu.keystr(path)}`"
+            raise TypeError(
+                f"{where} must be floating point, to be differentiated; got dtype "
+                f"{jnp.result_type(leaf)}. Write 1.0 for 1, convert with "
+                "jnp.asarray(..., dtype=float), or keep constants in the data."
+            )
+    return strong(jtu.tree_map(jnp.asarray, numeric)), static
+
+
+def _check_values(problem: Bilevel, x: PyTree, theta: PyTree) -> None:
+    """Shapes and dtypes of what the user's functions return, without computing them."""
+    x, theta = jax.eval_shape(lambda: (x, theta))
+    inner = problem.inner
+    out = eqx.filter_eval_shape(inner.__call__, x, theta)
+    if isinstance(inner, Minimum):
+        _check_scalar(out, "inner")
+    elif isinstance(inner, Root | FixedPoint):
+        _check_structure(out, x, type(inner).__name__)
+    value, _ = eqx.filter_eval_shape(problem.outer_value, x, theta)
+    _check_scalar(value, "outer")
+
+
+def _check_scalar(out: Any, name: str) -> None:
+    ok = isinstance(out, jax.ShapeDtypeStruct) and out.shape == ()
+    if not (ok and jnp.issubdtype(out.dtype, jnp.floating)):
+        extra = " or (scalar, aux)" if name == "outer" else ""
+        hint = (
+            " For an equation or a fixed point use bx.Root(fn) or bx.FixedPoint(fn)."
+            if name == "inner"
+            else ""
+        )
+        raise TypeError(
+            f"`{name}` must return a floating-point scalar{extra}; got {_describe(out)}.{hint}"
+        )
+
+
+def _check_structure(out: Any, x: PyTree, name: str) -> None:
+    if jtu.tree_structure(out) != jtu.tree_structure(x) or any(
+        a.shape != b.shape for a, b in zip(jtu.tree_leaves(out), jtu.tree_leaves(x), strict=True)
+    ):
+        raise TypeError(
+            f"The function of `{name}` must return a pytree of the structure and shapes of "
+            f"x, {_describe(x)}; got {_describe(out)}."
+        )
+
+
+def _describe(tree: PyTree) -> str:
+    return str(
+        jtu.tree_map(lambda s: f"{s.dtype}{list(s.shape)}" if hasattr(s, "dtype") else s, tree)
+    )

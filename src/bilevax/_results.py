@@ -1,0 +1,54 @@
+"""Every outcome of a solve, with a message that says what to do next."""
+
+import equinox as eqx
+
+
+class RESULTS(eqx.Enumeration):
+    """The outcomes of an inner solve, an adjoint solve or a whole hypergradient.
+
+    A hypergradient is right to the stated accuracy only if its result is
+    `RESULTS.successful`. `RESULTS[result]` is the message; where several parts fail, the
+    first in the order inner solve, adjoint solve, hypergradient is reported.
+    """
+
+    successful = ""
+    inner_not_converged = (
+        "The inner solve did not converge: x is not a solution of the inner problem, so "
+        "an implicit hypergradient taken there belongs to no problem. Give the inner "
+        "solver more steps, loosen its tolerance, start nearer to the solution, or, if it "
+        "is stopped early on purpose, use Unrolled() or Implicit(inexact=True)."
+    )
+    adjoint_not_converged = (
+        "The adjoint system was not solved to its tolerance. Raise max_steps of the "
+        "linear solver, precondition it, loosen its rtol, or ask for a fixed number of "
+        "steps (num_steps=...), whose residual is then reported and not flagged."
+    )
+    negative_curvature = (
+        "Negative curvature was met: the Hessian of the inner objective is not positive "
+        "definite at x, so x is not a strict minimum. Run more inner steps, regularise "
+        "the inner objective, or use Unrolled(), which does not need a minimum."
+    )
+    singular = (
+        "The adjoint system is singular and has no solution: the inner problem has many "
+        "solutions. Regularise the inner objective, or use lx.LSMR(...) as linear solver "
+        "for the minimum-norm response."
+    )
+    nonfinite = (
+        "A NaN or an infinity appeared. Check the data and the two objectives at the "
+        "starting point, and reduce step sizes; jax.config.update('jax_debug_nans', "
+        "True) shows the operation."
+    )
+    stalled = (
+        "The precision floor was reached before the tolerance: rounding errors of this "
+        "dtype are larger than what was asked for. Use float64 "
+        "(jax.config.update('jax_enable_x64', True)), loosen rtol, or improve the "
+        "scaling of the problem."
+    )
+
+
+def first_failure(*results: RESULTS) -> RESULTS:
+    """The first of `results` that is not successful."""
+    out = results[-1]
+    for result in reversed(results[:-1]):
+        out = RESULTS.where(result != RESULTS.successful, result, out)
+    return out

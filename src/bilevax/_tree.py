@@ -1,0 +1,136 @@
+"""Pytree arithmetic and JAX plumbing used in two places or more."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, PyTree, Scalar
+
+
+def tree_dot(a: PyTree, b: PyTree) -> Scalar:
+    """Inner product of two pytrees of arrays."""
+    # Not jnp.vdot: it ravels, which moves sharded arrays about.
+    products = [
+        jnp.sum(x * y) for x, y in zip(jtu.tree_leaves(a), jtu.tree_leaves(b), strict=True)
+    ]
+    return cast(Scalar, sum(products[1:], products[0])) if products else jnp.zeros(())
+
+
+def tree_norm(a: PyTree) -> Scalar:
+    """Two-norm of a pytree of arrays; zero for a pytree without leaves."""
+    return jnp.sqrt(tree_dot(a, a))
+
+
+def tree_axpy(scale: Array | float, a: PyTree, b: PyTree) -> PyTree:
+    """`scale * a + b`, leaf by leaf, in the dtype of `b`."""
+    return jtu.tree_map(lambda x, y: (jnp.asarray(scale, y.dtype) * x + y), a, b)
+
+
+def tree_sub(a: PyTree, b: PyTree) -> PyTree:
+    """`a - b`, leaf by leaf."""
+    return jtu.tree_map(jnp.subtract, a, b)
+
+
+def tree_scale(scale: Array | float, a: PyTree) -> PyTree:
+    """`scale * a`, leaf by leaf."""
+    return jtu.tree_map(lambda x: jnp.asarray(scale, x.dtype) * x, a)
+
+
+def tree_zeros_like(a: PyTree) -> PyTree:
+    """Zeros in the structure of `a`."""
+    return jtu.tree_map(jnp.zeros_like, a)
+
+
+def tree_where(pred: Bool[Array, ""], a: PyTree, b: PyTree) -> PyTree:
+    """`a` if `pred` else `b`, for two pytrees of arrays of one structure."""
+    return jtu.tree_map(lambda x, y: jnp.where(pred, x, y), a, b)
+
+
+def tree_all_finite(a: PyTree) -> Bool[Array, ""]:
+    """Whether every entry of every floating-point leaf is finite."""
+    leaves = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(a) if eqx.is_inexact_array(x)]
+    return jnp.all(jnp.stack(leaves)) if leaves else jnp.array(True)
+
+
+def tree_larger(a: PyTree, b: PyTree) -> PyTree:
+    """Entry by entry, whichever of `a` and `b` is larger in magnitude."""
+    return jtu.tree_map(lambda x, y: jnp.where(jnp.abs(x) >= jnp.abs(y), x, y), a, b)
+
+
+def tree_size(a: PyTree) -> int:
+    """Number of entries."""
+    return sum(x.size for x in jtu.tree_leaves(a))
+
+
+def tree_dtype(a: PyTree) -> Any:
+    """The common floating dtype of the leaves (JAX's default for none)."""
+    leaves = jtu.tree_leaves(a)
+    return jnp.result_type(*leaves) if leaves else jnp.zeros(()).dtype
+
+
+def default_rtol(a: PyTree) -> float:
+    """The documented default of every relative tolerance: 1e-6, or 1e-4 below float64."""
+    return 1e-6 if tree_dtype(a) == jnp.float64 else 1e-4
+
+
+def strong(a: PyTree) -> PyTree:
+    """Strip weak types: a weak and a strong array of one dtype would compile twice."""
+    return jtu.tree_map(
+        lambda x: jax.lax.convert_element_type(x, x.dtype) if eqx.is_array(x) else x, a
+    )
+
+
+def lean_jit(fn: Callable) -> Callable:
+    """`jax.jit` for pytrees with non-array leaves.
+
+    Arrays are traced, everything else is compared by equality and compiled in. Measured
+    at a fifth of the call overhead of `equinox.filter_jit` (see `benchmarks/`).
+    """
+
+    def flat_fn(static: Any, dynamic: list[Array]) -> Any:
+        treedef, static_leaves = static
+        arrays = iter(dynamic)
+        leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in static_leaves]
+        out = fn(*jtu.tree_unflatten(treedef, leaves))
+        arrays_out, rest = eqx.partition(out, eqx.is_array)
+        return arrays_out, _Static(rest)
+
+    compiled = jax.jit(flat_fn, static_argnums=0)
+
+    def call(*args: Any) -> Any:
+        leaves, treedef = jtu.tree_flatten(args)
+        is_array = [eqx.is_array(leaf) for leaf in leaves]
+        static = tuple(
+            _ARRAY if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
+        )
+        dynamic = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
+        arrays_out, rest = compiled((treedef, static), dynamic)
+        return eqx.combine(arrays_out, rest.value)
+
+    call.compiled = compiled  # type: ignore[attr-defined]  # for tests of recompilation
+    return call
+
+
+class _ArrayMarker:
+    """Stands for an array among the static leaves."""
+
+
+_ARRAY = _ArrayMarker()
+
+
+@jtu.register_static
+class _Static:
+    """Carries what is not an array out of a jitted function."""
+
+    def __init__(self, value: PyTree) -> None:
+        self.value = value
+        self._key = tuple(jtu.tree_leaves(value)), jtu.tree_structure(value)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and self._key == other._key
