@@ -1,9 +1,10 @@
 """Pytree arithmetic and JAX plumbing used in two places or more."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -16,7 +17,7 @@ def tree_dot(a: PyTree, b: PyTree) -> Scalar:
     products = [
         jnp.sum(x * y) for x, y in zip(jtu.tree_leaves(a), jtu.tree_leaves(b), strict=True)
     ]
-    return cast(Scalar, sum(products[1:], products[0])) if products else jnp.zeros(())
+    return sum(products[1:], products[0]) if products else jnp.zeros(())
 
 
 def tree_norm(a: PyTree) -> Scalar:
@@ -134,3 +135,24 @@ class _Static:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Static) and self._key == other._key
+
+
+@jtu.register_static
+class Opaque:
+    """A static node of a carry that is the same object before and after every step."""
+
+    def __init__(self, value: PyTree) -> None:
+        self.value = value
+
+
+def closure_to_pytree(fn: Any) -> Any:
+    """An Optax optimiser (a tuple of closures) as a pytree, its numbers as arrays.
+
+    Then a new optimiser of the same kind, with another learning rate, compiles nothing.
+    The arrays are weakly typed, as the Python numbers were, so that they do not promote
+    float32 parameters.
+    """
+    return jtu.tree_map(
+        lambda leaf: jnp.asarray(leaf) if isinstance(leaf, float) else leaf,
+        eqxi.closure_to_pytree(fn),
+    )
