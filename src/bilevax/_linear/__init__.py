@@ -1,0 +1,8 @@
+"""Linear systems given by products."""
+
+from ._base import (
+    AbstractIterativeLinearSolver as AbstractIterativeLinearSolver,
+    LinearSolution as LinearSolution,
+    verify as verify,
+)
+from ._cg import CG as CG
