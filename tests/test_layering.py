@@ -1,0 +1,66 @@
+"""A module imports only from layers below its own."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "bilevax"
+LAYERS = (
+    "_results _tree | _linear | _problem | _inner | _hypergradient | _outer _diagnose | _report |"
+    " _solve | __init__ | testing sklearn | _demo | _cli | __main__"
+)
+RANK = {name: rank for rank, layer in enumerate(LAYERS.split("|")) for name in layer.split()}
+
+
+def upward_imports(source: str, path: Path) -> list[str]:
+    """The imports in `source`, a file at `path` in the package, of its own layer or above."""
+    unit = path.with_suffix("").parts[0]
+    assert unit in RANK, f"{path} belongs to no layer: give it its place in LAYERS"
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            # `from ..a import b` in bilevax/_inner/_x.py: two levels up from it is bilevax.
+            package = ("bilevax", *path.parts)[: -node.level] if node.level else ()
+            module = [*package, *(node.module or "").split(".")]
+            targets = [[*module, alias.name] for alias in node.names]
+        elif isinstance(node, ast.Import):
+            targets = [alias.name.split(".") for alias in node.names]
+        else:
+            continue
+        for target in ([part for part in names if part] for names in targets):
+            if target[0] == "bilevax":
+                # A public name comes from the top, which `__init__` stands for.
+                name = target[1] if len(target) > 1 and target[1] in RANK else "__init__"
+                if name != unit and RANK[name] >= RANK[unit]:
+                    found.append(f"{path}:{node.lineno} imports {name}")
+    return found
+
+
+FILES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
+
+
+def test_imports_go_one_way():
+    assert [v for p in FILES for v in upward_imports((SOURCE / p).read_text(), p)] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("_inner/_x.py", "from .._solve import solve"),
+        ("_inner/_x.py", "from .. import _outer"),
+        ("_inner/_x.py", "def f():\n    from .._report._y import b"),
+        ("_tree.py", "from ._results import RESULTS"),
+        ("_tree.py", "import bilevax._linear._cg as cg"),
+        ("_problem.py", "from bilevax import Bilevel"),
+        ("_linear/__init__.py", "from .. import Minimum"),
+        ("testing/_x.py", "from .. import _demo"),
+    ],
+)
+def test_an_upward_import_is_found(path, source):
+    assert len(upward_imports(source, Path(path))) == 1
+
+
+def test_downward_imports_are_allowed():
+    source = "import jax\nfrom ._base import A\nfrom .._tree import b\nfrom .. import _results"
+    assert upward_imports(source, Path("_inner/_x.py")) == []
