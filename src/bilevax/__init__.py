@@ -1,4 +1,8 @@
-"""bilevax: bilevel optimization in JAX."""
+"""bilevax: bilevel optimization in JAX.
+
+`theta* = argmin L(x*(theta), theta)` where `x*(theta) = argmin_x U(x, theta)`. Names below
+stand in the order of the data: problem, inner, linear, hypergradient, outer, solve, report.
+"""
 
 from ._problem import (
     Bilevel as Bilevel,
@@ -7,4 +11,20 @@ from ._problem import (
     Minimum as Minimum,
     Root as Root,
 )
-from ._results import RESULTS as RESULTS
+from ._inner._newton_cg import NewtonCG as NewtonCG
+from ._inner._lbfgs import LBFGS as LBFGS
+from ._inner._descent import Descent as Descent
+from ._inner._optimistix import Optimistix as Optimistix
+from ._inner._external import External as External, Given as Given, Traceable as Traceable
+from ._linear import CG as CG, GradientDescent as GradientDescent, Neumann as Neumann
+from ._hypergradient._implicit import Implicit as Implicit
+from ._hypergradient._unrolled import Truncated as Truncated, Unrolled as Unrolled
+from ._hypergradient._one_step import OneStep as OneStep
+from ._hypergradient._base import Estimate as Estimate
+from ._hypergradient._entry import argmin as argmin, hypergradient as hypergradient
+from ._hypergradient._jacobian import Jacobian as Jacobian, jacobian as jacobian
+from ._outer._double_loop import DoubleLoop as DoubleLoop
+from ._solve import Progress as Progress, solve as solve
+from ._report._history import History as History
+from ._report._solution import Solution as Solution
+from ._results import RESULTS as RESULTS, SolveError as SolveError

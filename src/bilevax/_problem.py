@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, PyTree, Scalar
 
 from ._tree import strong, tree_sub
@@ -154,7 +155,7 @@ class Bilevel(eqx.Module):
                     "The inner data were given twice: to the condition and as `inner_data`. "
                     "Give them once."
                 )
-            inner = type(inner)(inner.fn, inner_data)  # type: ignore[call-arg]
+            inner = type(inner)(inner.fn, _data_as_arrays(inner_data))  # type: ignore[call-arg]
         if not callable(outer):
             raise TypeError(
                 "`outer` must be a function (x, theta) -> scalar; got "
@@ -164,7 +165,7 @@ class Bilevel(eqx.Module):
         _check_arguments(outer, "outer", outer_data is not None)
         self.inner = inner
         self.outer = outer
-        self.outer_data = outer_data
+        self.outer_data = _data_as_arrays(outer_data)
 
     @property
     def inner_data(self) -> PyTree:
@@ -175,6 +176,17 @@ class Bilevel(eqx.Module):
         """`(value, aux)` of the outer objective; `aux` is `None` if there is none."""
         out = _call(self.outer, x, theta, self.outer_data)
         return out if isinstance(out, tuple) else (out, None)
+
+
+def _data_as_arrays(data: PyTree) -> PyTree:
+    """Floats and NumPy arrays in the data as JAX arrays.
+
+    Compiled in as constants, each new value would recompile. Integers stay as they are:
+    they may be sizes.
+    """
+    return jtu.tree_map(
+        lambda a: jnp.asarray(a) if isinstance(a, float | np.ndarray | np.generic) else a, data
+    )
 
 
 def _call(fn: Callable, x: PyTree, theta: PyTree, data: PyTree) -> Any:
@@ -202,17 +214,22 @@ def _check_arguments(fn: Callable, name: str, has_data: bool) -> None:
         ) from None
 
 
+def as_arrays(tree: PyTree) -> PyTree:
+    """`tree` with its Python and NumPy numbers as strong-typed JAX arrays."""
+    return strong(jtu.tree_map(lambda a: jnp.asarray(a) if _is_numeric(a) else a, tree))
+
+
 def prepare(problem: Bilevel, x0: PyTree, theta: PyTree) -> tuple[Bilevel, PyTree, PyTree]:
     """Check the input once, at the door; below it nobody checks again.
 
     Returns the problem with the non-array leaves of `x` and `theta` bound into its
-    functions, and `x0` and `theta` as pytrees of strong-typed floating-point arrays.
-    `x0` may be a function of theta; it is then evaluated here to learn its structure, and
-    a function that returns the floating-point part is given back.
+    functions, and `x0` and `theta` as pytrees of floating-point arrays only. `x0` may be
+    a function of theta; it comes back as a function between such pytrees. Traced at the
+    top of every compiled entry point, so that a second call pays nothing.
     """
     theta_arrays, theta_static = _split(theta, "theta")
-    x_example = x0(theta) if callable(x0) else x0
-    x_arrays, x_static = _split(x_example, "x0")
+    start = x0(theta) if callable(x0) else x0
+    x_arrays, x_static = _split(as_arrays(start), "x0")
     bound = problem
     if jtu.tree_leaves((x_static, theta_static)):
         bound = eqx.tree_at(
@@ -223,15 +240,25 @@ def prepare(problem: Bilevel, x0: PyTree, theta: PyTree) -> tuple[Bilevel, PyTre
                 _Bound(problem.outer, x_static, theta_static),
             ),
         )
+    _check_values(bound, x_arrays, theta_arrays)
     if callable(x0):
         x_arrays = _BoundStart(x0, theta_static)
-    _check_values(bound, x_arrays(theta_arrays) if callable(x0) else x_arrays, theta_arrays)
     return bound, x_arrays, theta_arrays
 
 
-def static_part(tree: PyTree) -> PyTree:
-    """The non-array leaves that `prepare` binds away, to be combined back at the end."""
-    return eqx.partition(tree, _is_numeric)[1]
+def start_at(x0: PyTree, theta: PyTree) -> PyTree:
+    """The starting point: `x0`, or `x0(theta)` if it is a function of theta."""
+    return x0(theta) if callable(x0) else x0
+
+
+def restore(condition: AbstractCondition, x: PyTree, theta: PyTree) -> tuple[PyTree, PyTree]:
+    """`x` and `theta` in the user's own structure: undoes the binding of `prepare`."""
+    if isinstance(condition.fn, _Bound):
+        return (
+            eqx.combine(x, condition.fn.x_static),
+            eqx.combine(theta, condition.fn.theta_static),
+        )
+    return x, theta
 
 
 class _Bound(eqx.Module):
@@ -254,7 +281,8 @@ class _BoundStart(eqx.Module):
     theta_static: PyTree
 
     def __call__(self, theta: PyTree) -> PyTree:
-        return _split(self.fn(eqx.combine(theta, self.theta_static)), "x0(theta)")[0]
+        x0 = as_arrays(self.fn(eqx.combine(theta, self.theta_static)))
+        return _split(x0, "x0(theta)")[0]
 
 
 def _is_numeric(leaf: Any) -> bool:
@@ -272,12 +300,11 @@ def _split(tree: PyTree, name: str) -> tuple[PyTree, PyTree]:
                 f"{jnp.result_type(leaf)}. Write 1.0 for 1, convert with "
                 "jnp.asarray(..., dtype=float), or keep constants in the data."
             )
-    return strong(jtu.tree_map(jnp.asarray, numeric)), static
+    return numeric, static
 
 
 def _check_values(problem: Bilevel, x: PyTree, theta: PyTree) -> None:
     """Shapes and dtypes of what the user's functions return, without computing them."""
-    x, theta = jax.eval_shape(lambda: (x, theta))
     inner = problem.inner
     out = eqx.filter_eval_shape(inner.__call__, x, theta)
     if isinstance(inner, Minimum):

@@ -52,3 +52,14 @@ def first_failure(*results: RESULTS) -> RESULTS:
     for result in reversed(results[:-1]):
         out = RESULTS.where(result != RESULTS.successful, result, out)
     return out
+
+
+class SolveError(RuntimeError):
+    """Raised with `throw=True` where an outcome is not successful.
+
+    `result` is the outcome, so that a program can tell them apart.
+    """
+
+    def __init__(self, message: str, result: RESULTS) -> None:
+        super().__init__(message)
+        self.result = result

@@ -70,10 +70,15 @@ class AbstractSteppingSolver(AbstractInnerSolver):
     """An inner solver that is a loop over `step`, and so can be unrolled.
 
     The carry is a pytree of arrays. Law: `solve` is `finish` of the carry after
-    repeating `step` until `is_done` or the solver's number of steps.
+    repeating `step` until `is_done`, at most `max_steps` times.
     """
 
-    num_steps: eqx.AbstractVar[int]
+    max_steps: eqx.AbstractVar[int]
+
+    @property
+    @abc.abstractmethod
+    def is_fixed_length(self) -> bool:
+        """Whether it always takes exactly `max_steps` steps."""
 
     @abc.abstractmethod
     def start(
@@ -139,3 +144,27 @@ def residual_and_scale(
         lambda x: condition.residual(x, theta), (x,), (tree_larger(x, x0),)
     )
     return tree_norm(residual), tree_norm(product)
+
+
+def run(
+    solver: AbstractSteppingSolver,
+    condition: AbstractCondition,
+    theta: PyTree,
+    carry: PyTree[Array],
+    max_steps: Array | int | None = None,
+) -> tuple[PyTree[Array], Int[Array, ""]]:
+    """Repeat `step` until `is_done`, at most `max_steps` times. Not differentiable.
+
+    Returns the last carry and the number of steps.
+    """
+    limit = solver.max_steps if max_steps is None else max_steps
+
+    def keep_going(state: tuple) -> Array:
+        carry, count = state
+        return (count < limit) & jnp.logical_not(solver.is_done(carry))
+
+    def body(state: tuple) -> tuple:
+        carry, count = state
+        return solver.step(condition, theta, carry), count + 1
+
+    return jax.lax.while_loop(keep_going, body, (carry, jnp.asarray(0, jnp.int32)))

@@ -1,0 +1,109 @@
+"""Hypergradient rules: `problem, x0, theta, state -> Estimate, state`."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import optimistix as optx
+from jaxtyping import Array, PyTree, Scalar
+
+from .._inner._base import AbstractInnerSolver, Counts
+from .._problem import AbstractCondition, Bilevel
+from .._results import RESULTS
+
+
+class Estimate(eqx.Module):
+    """A hypergradient with its evidence.
+
+    **Attributes:**
+
+    - `value`: `L(x, theta)`.
+    - `grad`: the hypergradient, in the structure of theta.
+    - `aux`: what `outer` returned beside the value.
+    - `x`: the inner solution it was taken at.
+    - `v`: the adjoint variable, `A v = d_x L`; `None` for rules that solve no such system.
+    - `inner_residual`: `||grad_x U(x, theta)||` (of a root or fixed point, the residual).
+    - `inner_tolerance`: what it had to reach; infinite where nothing was asked for.
+    - `adjoint_residual`: `||d_x L - A v|| / ||d_x L||`, measured; NaN for rules that solve
+        no adjoint system.
+    - `result`: the outcome, see `RESULTS`.
+    - `stats`: `num_inner_steps`, `num_adjoint_steps`, `num_gradients`,
+        `num_hessian_products`, `num_cross_products`.
+    """
+
+    value: Scalar
+    grad: PyTree[Array]
+    aux: PyTree
+    x: PyTree[Array]
+    v: PyTree[Array] | None
+    inner_residual: Scalar
+    inner_tolerance: Scalar
+    adjoint_residual: Scalar
+    result: RESULTS
+    stats: dict[str, Array]
+
+
+class HypergradientState(eqx.Module):
+    """What warm-starts the next hypergradient: for the machine, not for people."""
+
+    x: PyTree[Array]  # the last inner solution
+    v: PyTree[Array] | None  # the last adjoint variable
+    inner: PyTree  # the inner solver's own state
+
+
+class AbstractHypergradient(optx.AbstractAdjoint):
+    """A rule for differentiating through `x*(theta)`.
+
+    Three views of one rule: `estimate` (with evidence and warm starts), `solution` (a
+    differentiable function, behind `bx.argmin`), and `apply` (an Optimistix adjoint, for
+    `optx.minimise(..., adjoint=rule)` and its siblings).
+    """
+
+    @abc.abstractmethod
+    def init(
+        self, problem: Bilevel, inner_solver: AbstractInnerSolver, x0: PyTree, theta: PyTree
+    ) -> HypergradientState:
+        """The state before the first estimate. `x0` may be a function of theta."""
+
+    @abc.abstractmethod
+    def estimate(
+        self,
+        problem: Bilevel,
+        inner_solver: AbstractInnerSolver,
+        x0: PyTree,
+        theta: PyTree,
+        state: HypergradientState,
+    ) -> tuple[Estimate, HypergradientState]:
+        """The hypergradient at theta, the inner solve starting at `x0`.
+
+        `x0` may be a function of theta. `state` warm-starts everything but `x`: whoever
+        wants a warm start of `x` passes `state.x` as `x0`.
+        """
+
+    @abc.abstractmethod
+    def solution(
+        self,
+        condition: AbstractCondition,
+        inner_solver: AbstractInnerSolver,
+        x0: PyTree,
+        theta: PyTree,
+        throw: bool,
+    ) -> PyTree[Array]:
+        """`x*(theta)`, differentiable by this rule in theta and the arrays of `condition`."""
+
+    @property
+    @abc.abstractmethod
+    def differentiates_start(self) -> bool:
+        """Whether a dependence of `x0` on theta reaches the hypergradient."""
+
+
+def as_stats(counts: Counts, num_inner_steps: Any, num_adjoint_steps: Any) -> dict[str, Array]:
+    """The `stats` of an estimate."""
+    return {
+        "num_inner_steps": jnp.asarray(num_inner_steps, jnp.int32),
+        "num_adjoint_steps": jnp.asarray(num_adjoint_steps, jnp.int32),
+        "num_gradients": counts.num_gradients,
+        "num_hessian_products": counts.num_hessian_products,
+        "num_cross_products": counts.num_cross_products,
+    }

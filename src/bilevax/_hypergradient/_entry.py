@@ -1,0 +1,240 @@
+"""`hypergradient`, `argmin` and `jacobian`: the rules as a user calls them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+from .._inner._default import as_inner_solver
+from .._inner._external import External
+from .._problem import AbstractCondition, Bilevel, Minimum, as_arrays, prepare, restore, start_at
+from .._results import RESULTS, SolveError
+from .._tree import is_traced, lean_jit
+from ._base import AbstractHypergradient, Estimate, HypergradientState
+from ._implicit import Implicit
+
+
+def hypergradient(
+    problem: Bilevel,
+    x0: PyTree,
+    theta: PyTree,
+    *,
+    inner_solver: Any = None,
+    rule: AbstractHypergradient | None = None,
+    state: HypergradientState | None = None,
+    throw: bool = True,
+) -> tuple[Estimate, HypergradientState]:
+    """One hypergradient, with its evidence, and the state that warm-starts the next.
+
+    The total derivative of `L(x*(theta), theta)` in theta.
+
+    **Arguments:**
+
+    - `problem`: a `Bilevel`.
+    - `x0`: where the inner solve starts; a pytree of floating-point arrays, or a function
+        of theta.
+    - `theta`: the outer variable; a pytree of floating-point arrays.
+    - `inner_solver`: an Optimistix solver, `bx.NewtonCG()`, `bx.LBFGS()`, `bx.Descent(...)`,
+        `bx.External(fn)`, `bx.Traceable(fn)` or `bx.Given()`. Default: `bx.NewtonCG()` for a
+        minimum, Newton's method for a root, iteration for a fixed point.
+    - `rule`: how `x*(theta)` is differentiated; `bx.Implicit()` by default.
+    - `state`: from the previous call. The inner solve then starts at its `x` instead of
+        `x0`, and the adjoint system at its `v`. A warm start compiles nothing new.
+    - `throw`: raise `bx.SolveError` if the outcome is not successful. With `False`, look
+        at `estimate.result`.
+
+    **Returns:** `(Estimate, state)`.
+
+    **Cost:** an inner solve and what the rule costs; `estimate.stats` counts the products.
+
+    !!! example
+
+        ```python
+        import bilevax as bx, jax.numpy as jnp
+
+        problem = bx.Bilevel(
+            inner=lambda x, theta: jnp.sum((x - 1.0) ** 2 + jnp.exp(theta) * x**2),
+            outer=lambda x, theta: jnp.sum((x - 0.5) ** 2),
+        )
+        estimate, state = bx.hypergradient(problem, jnp.zeros(3), jnp.zeros(3))
+        estimate.grad, estimate.inner_residual, estimate.adjoint_residual
+        ```
+    """
+    check_types(problem, rule)
+    rule = Implicit() if rule is None else rule
+    x0 = x0 if callable(x0) else as_arrays(x0)
+    theta = as_arrays(theta)
+    if state is None:
+        state = _init(problem, inner_solver, rule, x0, theta)
+    else:
+        x0 = state.x
+    if isinstance(inner_solver, External) and not is_traced((problem, x0, theta)):
+        x0 = run_on_host(problem, inner_solver, x0, theta)
+        inner_solver = inner_solver.as_given()
+    estimate, state = _estimate(problem, inner_solver, rule, x0, theta, state)
+    return raise_failure(estimate) if throw else estimate, state
+
+
+def argmin(
+    inner: Callable | AbstractCondition,
+    inner_solver: Any = None,
+    rule: AbstractHypergradient | None = None,
+    *,
+    throw: bool = True,
+) -> Callable[[PyTree, PyTree], PyTree]:
+    """The solution map `x*(theta)` as a differentiable function.
+
+    `jax.grad`, `jvp`, `vmap`, `jit` pass through it, and for `Implicit` second derivatives
+    too. `inner` may close over anything, traced values included; those are differentiated
+    as theta is.
+
+    **Arguments:**
+
+    - `inner`: `(x, theta) -> scalar`, or a condition such as `bx.Root(fn)`,
+        `bx.Minimum(fn, data)`.
+    - `inner_solver`, `rule`: as in `bx.hypergradient`.
+    - `throw`: raise where the inner or the adjoint solve fails (forwards and backwards).
+        With `False` the failed result is NaN: nothing wrong comes out silently.
+
+    **Returns:** a function `(x0, theta) -> x`.
+
+    **Cost:** an inner solve; a derivative costs what the rule costs. A derivative rule
+    cannot return a residual or take a warm start: where these matter use
+    `bx.hypergradient`.
+
+    !!! example
+
+        ```python
+        import bilevax as bx, jax, jax.numpy as jnp
+
+        x_star = bx.argmin(lambda x, theta: jnp.sum((x - theta) ** 2 + x**2))
+        jax.grad(lambda theta: jnp.sum(x_star(jnp.zeros(3), theta) ** 2))(jnp.ones(3))
+        ```
+
+    Reference: Blondel et al., "Efficient and modular implicit differentiation", 2022, eq. (2).
+    """
+    condition = inner if isinstance(inner, AbstractCondition) else Minimum(inner)
+    problem = Bilevel(condition, _no_outer)
+    check_types(problem, rule)
+    differentiate = Implicit() if rule is None else rule
+
+    def x_star(x0: PyTree, theta: PyTree) -> PyTree:
+        x0 = x0 if callable(x0) else as_arrays(x0)
+        theta = as_arrays(theta)
+        hoisted = _hoist(problem, x0, theta)
+        if is_traced(hoisted.inner.fn):
+            # `inner` closes over traced values: they live in this call only, so that a
+            # compiled function kept for the next call must not see them.
+            return _solution(hoisted, inner_solver, differentiate, x0, theta, throw)
+        return _jitted_solution(problem, inner_solver, differentiate, x0, theta, throw)
+
+    return x_star
+
+
+def check_types(problem: Any, rule: Any = None) -> None:
+    """Clear errors for the two mistakes that the entry points share."""
+    if not isinstance(problem, Bilevel):
+        raise TypeError(f"`problem` must be a bx.Bilevel; got {type(problem).__name__}.")
+    if not (rule is None or isinstance(rule, AbstractHypergradient)):
+        hint = ""
+        if isinstance(rule, optax.GradientTransformation):
+            hint = " An Optax optimiser goes into bx.DoubleLoop(optimizer=...)."
+        raise TypeError(
+            "The rule must be bx.Implicit(), bx.Unrolled(), bx.Truncated(...) or bx.OneStep(); "
+            f"got {type(rule).__name__}.{hint}"
+        )
+
+
+def raise_failure(estimate: Any) -> Any:
+    """`estimate`, or a `SolveError` that says what to do next.
+
+    Inside somebody else's `jit` the outcome is not known yet: the error is then raised
+    when the compiled program meets it.
+    """
+    result = estimate.result
+    failed = result != RESULTS.successful
+    if isinstance(failed, jax.core.Tracer):
+        return result.error_if(estimate, failed)
+    if not bool(jnp.any(failed)):
+        return estimate
+    numbers = (
+        f"inner residual {float(estimate.inner_residual):.2e} (tolerance "
+        f"{float(estimate.inner_tolerance):.2e}), relative adjoint residual "
+        f"{float(jnp.max(estimate.adjoint_residual)):.2e}"
+    )
+    raise SolveError(f"{RESULTS[result]} [{numbers}; pass throw=False to get it anyway]", result)
+
+
+def run_on_host(problem: Bilevel, solver: External, x0: PyTree, theta: PyTree) -> PyTree:
+    """The black box's answer, in the user's own structure, between compiled parts."""
+    bound, start, theta_arrays = prepare(problem, x0, theta)
+    x = solver.on_host(bound.inner, start_at(start, theta_arrays), theta_arrays)
+    return as_arrays(restore(bound.inner, x, theta_arrays)[0])
+
+
+@lean_jit
+def _init(
+    problem: Bilevel, inner_solver: Any, rule: AbstractHypergradient, x0: PyTree, theta: PyTree
+) -> HypergradientState:
+    bound, start, theta_arrays = prepare(problem, x0, theta)
+    solver = as_inner_solver(inner_solver, bound.inner, start_at(start, theta_arrays))
+    state = rule.init(bound, solver, start, theta_arrays)
+    return _in_user_structure(state, bound, theta_arrays)
+
+
+@lean_jit
+def _estimate(
+    problem: Bilevel,
+    inner_solver: Any,
+    rule: AbstractHypergradient,
+    x0: PyTree,
+    theta: PyTree,
+    state: HypergradientState,
+) -> tuple[Estimate, HypergradientState]:
+    bound, start, theta_arrays = prepare(problem, x0, theta)
+    solver = as_inner_solver(inner_solver, bound.inner, start_at(start, theta_arrays))
+    estimate, state = rule.estimate(bound, solver, start, theta_arrays, state)
+    return (
+        _in_user_structure(estimate, bound, theta_arrays),
+        _in_user_structure(state, bound, theta_arrays),
+    )
+
+
+def _in_user_structure(record: Any, bound: Bilevel, theta: PyTree) -> Any:
+    """`record` with the non-array leaves of x put back."""
+    x, _ = restore(bound.inner, record.x, theta)
+    return eqx.tree_at(lambda r: r.x, record, x, is_leaf=lambda leaf: leaf is None)
+
+
+def _solution(
+    problem: Bilevel,
+    inner_solver: Any,
+    rule: AbstractHypergradient,
+    x0: PyTree,
+    theta: PyTree,
+    throw: bool,
+) -> PyTree:
+    bound, start, theta_arrays = prepare(problem, x0, theta)
+    solver = as_inner_solver(inner_solver, bound.inner, start_at(start, theta_arrays))
+    x = rule.solution(bound.inner, solver, start, theta_arrays, throw)
+    return restore(bound.inner, x, theta_arrays)[0]
+
+
+_jitted_solution = lean_jit(_solution)
+
+
+def _hoist(problem: Bilevel, x0: PyTree, theta: PyTree) -> Bilevel:
+    """`problem` with what its inner function closes over as leaves of the function."""
+    data = () if problem.inner_data is None else (problem.inner_data,)
+    x = start_at(x0, theta)
+    fn = eqx.filter_closure_convert(problem.inner.fn, x, theta, *data)
+    return eqx.tree_at(lambda p: p.inner.fn, problem, fn)
+
+
+def _no_outer(x: PyTree, theta: PyTree) -> jax.Array:
+    del x, theta
+    return jnp.zeros(())

@@ -1,0 +1,152 @@
+"""Solutions from elsewhere: a black box on the host, a traceable function, a given x."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import PyTree
+
+from .._problem import AbstractCondition, restore
+from ._base import AbstractInnerSolver, Counts, InnerSolution, measure
+
+
+class Given(AbstractInnerSolver):
+    """The `x0` that is given is the solution already; it is only checked.
+
+    **Arguments:**
+
+    - `rtol`, `atol`: what its residual must meet; see `measure`.
+
+    **Cost:** one gradient and one Hessian product.
+    """
+
+    rtol: float | None = None
+    atol: float | None = None
+
+    def init(self, condition: AbstractCondition, x0: PyTree, theta: PyTree) -> None:
+        del condition, x0, theta
+
+    def solve(
+        self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: None
+    ) -> tuple[InnerSolution, None]:
+        solution = measure(condition, x0, x0, theta, self.rtol, self.atol, 0, Counts())
+        return solution, None
+
+
+class Traceable(AbstractInnerSolver):
+    """Your own solver, written in JAX: `fn(x0, theta) -> x`, or `fn(x0, theta, data)`.
+
+    **Arguments:**
+
+    - `fn`: a function that JAX can trace. It need not be differentiable.
+    - `rtol`, `atol`: what the residual of its answer must meet; see `measure`.
+
+    **Cost:** what `fn` takes, which is not counted, and one gradient and one Hessian
+    product for the check.
+    """
+
+    fn: Callable
+    rtol: float | None = None
+    atol: float | None = None
+
+    def init(self, condition: AbstractCondition, x0: PyTree, theta: PyTree) -> None:
+        del condition, x0, theta
+
+    def solve(
+        self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: None
+    ) -> tuple[InnerSolution, None]:
+        x = eqx.filter(self.fn(*_arguments(condition, x0, theta)), eqx.is_inexact_array)
+        x = _as_structure(x, x0)
+        return measure(condition, x, x0, theta, self.rtol, self.atol, 1, Counts()), None
+
+
+class External(AbstractInnerSolver):
+    """A black box on the host: SciPy, scikit-learn, a simulator.
+
+    `fn(x0, theta) -> x` or, where the inner level has data, `fn(x0, theta, data) -> x`;
+    NumPy arrays in, NumPy arrays (or anything NumPy can convert) out, in the structure of
+    `x0`. Implicit rules need nothing else of it: its answer is checked by the residual.
+
+    In `bx.hypergradient` and `bx.solve` the function runs between the compiled parts, so
+    it may itself call JAX. Under somebody else's `jax.jit`, and in `bx.argmin`, it runs
+    in a `jax.pure_callback`: there it must not call JAX, which can deadlock.
+
+    **Arguments:**
+
+    - `fn`: the black box.
+    - `rtol`, `atol`: what the residual of its answer must meet; see `measure`.
+
+    **Cost:** what `fn` takes, which is not counted, and one gradient and one Hessian
+    product for the check.
+
+    !!! example
+
+        ```python
+        import bilevax as bx, numpy as np
+
+        def ridge(x0, theta, data):  # NumPy in, NumPy out
+            features, targets = data
+            gram = features.T @ features + np.diag(np.exp(theta))
+            return np.linalg.solve(gram, features.T @ targets)
+
+        inner_solver = bx.External(ridge)
+        ```
+    """
+
+    fn: Callable
+    rtol: float | None = None
+    atol: float | None = None
+
+    def init(self, condition: AbstractCondition, x0: PyTree, theta: PyTree) -> None:
+        del condition, x0, theta
+
+    def on_host(self, condition: AbstractCondition, x0: PyTree, theta: PyTree) -> PyTree:
+        """`fn` on concrete arrays."""
+        to_numpy = jtu.tree_map(
+            lambda leaf: np.asarray(leaf) if eqx.is_array(leaf) else leaf,
+            _arguments(condition, x0, theta),
+        )
+        return _as_structure(self.fn(*to_numpy), x0)
+
+    def solve(
+        self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: None
+    ) -> tuple[InnerSolution, None]:
+        arrays, static = eqx.partition((condition, x0, theta), eqx.is_array)
+
+        def host(arrays: PyTree) -> PyTree:
+            return self.on_host(*eqx.combine(arrays, static))
+
+        x = jax.pure_callback(
+            host, jax.eval_shape(lambda: x0), arrays, vmap_method="sequential"
+        )
+        return measure(condition, x, x0, theta, self.rtol, self.atol, 1, Counts()), None
+
+    def as_given(self) -> Given:
+        """The check that remains once the black box has run."""
+        return Given(self.rtol, self.atol)
+
+
+def _arguments(condition: AbstractCondition, x0: PyTree, theta: PyTree) -> tuple[Any, ...]:
+    """What the user's function is called with: everything in the user's own structure."""
+    x0, theta = restore(condition, x0, theta)
+    return (x0, theta) if condition.data is None else (x0, theta, condition.data)
+
+
+def _as_structure(x: PyTree, x0: PyTree) -> PyTree:
+    """`x` in the structure, shapes and dtypes of `x0`, or a clear error."""
+    leaves, wanted = [leaf for leaf in jtu.tree_leaves(x) if not isinstance(leaf, str)], (
+        jtu.tree_leaves(x0)
+    )
+    xp = jnp if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) else np
+    shapes = [np.shape(leaf) for leaf in leaves]
+    if shapes != [leaf.shape for leaf in wanted]:
+        raise ValueError(
+            "The inner solver's function must return x in the structure and shapes of x0, "
+            f"{[leaf.shape for leaf in wanted]}; got {shapes}."
+        )
+    leaves = [xp.asarray(a, dtype=b.dtype) for a, b in zip(leaves, wanted, strict=True)]
+    return jtu.tree_unflatten(jtu.tree_structure(x0), leaves)

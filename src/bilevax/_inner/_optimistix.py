@@ -1,0 +1,188 @@
+"""Any Optimistix solver as an inner solver."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optimistix as optx
+from jaxtyping import Array, PyTree
+
+from .._problem import AbstractCondition, FixedPoint, LeastSquares, objective
+from .._results import RESULTS
+from .._tree import Opaque, tree_all_finite, tree_dot
+from ._base import AbstractSteppingSolver, Counts, InnerSolution, measure, run
+
+
+class Optimistix(AbstractSteppingSolver):
+    """An Optimistix minimiser, least-squares solver, root finder or fixed-point solver.
+
+    Solvers of Optimistix may be given to bilevax as they are; wrap one in this to change
+    the number of steps. What is solved:
+
+    | solver | `Minimum` | `LeastSquares` | `Root`, `FixedPoint` |
+    |---|---|---|---|
+    | minimiser | `U` | `U` | half the squared norm of the residual |
+    | least squares | `grad_x U` | `fn` | residual |
+    | root finder | `grad_x U` | `grad_x U` | residual |
+    | fixed point | refused | refused | `fn` (`FixedPoint` only) |
+
+    The outcome is judged by the residual measured at the returned `x`, with the
+    solver's own `rtol` and `atol`: see `measure`. Optimistix' own verdict does not count,
+    because several of its solvers say "successful" where they stall.
+
+    **Arguments:**
+
+    - `solver`: the Optimistix solver.
+    - `max_steps`: the most steps it may take.
+
+    **Cost:** one gradient a step is counted for solvers that do not count themselves,
+    plus one gradient and one Hessian product for the measurement.
+
+    !!! example
+
+        ```python
+        import bilevax as bx, optimistix as optx
+
+        inner_solver = bx.Optimistix(optx.BFGS(rtol=1e-6, atol=1e-6), max_steps=5_000)
+        ```
+    """
+
+    solver: optx.AbstractIterativeSolver
+    max_steps: int = 1_000
+
+    def __check_init__(self) -> None:
+        if not isinstance(self.solver, optx.AbstractIterativeSolver):
+            raise TypeError(
+                "`Optimistix` wraps a solver of Optimistix such as optx.BFGS(...); got "
+                f"{type(self.solver).__name__}."
+            )
+        check_positive(self.max_steps, "max_steps")
+
+    @property
+    def is_fixed_length(self) -> bool:
+        return False
+
+    def init(self, condition: AbstractCondition, x0: PyTree, theta: PyTree) -> None:
+        del condition, x0, theta
+
+    def start(
+        self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: None
+    ) -> PyTree[Array]:
+        fn, args = _function_for(self.solver, condition), (condition, theta)
+        f_struct, aux_struct = eqx.filter_eval_shape(fn, x0, args)
+        solver_state = self.solver.init(fn, x0, args, {}, f_struct, aux_struct, _TAGS)
+        dynamic, static = eqx.partition(solver_state, eqx.is_array)
+        done, result = self.solver.terminate(fn, x0, args, {}, solver_state, _TAGS)
+        carry = (x0, dynamic, jnp.asarray(done), result)
+        return (*jax.tree_util.tree_map(jnp.asarray, carry), Opaque(static))
+
+    def step(
+        self, condition: AbstractCondition, theta: PyTree, carry: PyTree[Array]
+    ) -> PyTree[Array]:
+        x, dynamic, _, _, static = carry
+        fn, args = _function_for(self.solver, condition), (condition, theta)
+        state = eqx.combine(dynamic, static.value)
+        new_x, new_state, _ = self.solver.step(fn, x, args, {}, state, _TAGS)
+        done, result = self.solver.terminate(fn, x, args, {}, new_state, _TAGS)
+        result = optx.RESULTS.where(tree_all_finite(new_x), result, optx.RESULTS.nonfinite)
+        new_dynamic, _ = eqx.partition(new_state, eqx.is_array)
+        return new_x, new_dynamic, jnp.asarray(done), result, static
+
+    def is_done(self, carry: PyTree[Array]) -> Array:
+        _, _, done, result, _ = carry
+        return done | (result != optx.RESULTS.successful)
+
+    def finish(self, condition: AbstractCondition, carry: PyTree[Array]) -> tuple[PyTree, None]:
+        x, _ = self._postprocess(condition, None, carry)
+        return x, None
+
+    def solve(
+        self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: None
+    ) -> tuple[InnerSolution, None]:
+        carry, count = run(self, condition, theta, self.start(condition, x0, theta, state))
+        result = carry[3]
+        x, stats = self._postprocess(condition, theta, carry)
+        if "tolerance" not in stats:
+            counts = Counts(gradients=count)
+            rtol, atol = self.solver.rtol, self.solver.atol
+            return measure(condition, x, x0, theta, rtol, atol, count, counts), None
+        solution = InnerSolution(
+            x=x,
+            residual=stats["residual"],
+            tolerance=stats["tolerance"],
+            num_steps=count,
+            result=_outcome(result, stats["residual"] <= stats["tolerance"]),
+            counts=Counts(stats["num_gradients"], stats["num_hessian_products"]),
+        )
+        return solution, None
+
+    def _postprocess(
+        self, condition: AbstractCondition, theta: PyTree, carry: PyTree[Array]
+    ) -> tuple[PyTree, dict[str, Any]]:
+        x, dynamic, _, result, static = carry
+        fn, args = _function_for(self.solver, condition), (condition, theta)
+        state = eqx.combine(dynamic, static.value)
+        x, _, stats = self.solver.postprocess(fn, x, None, args, {}, state, _TAGS, result)
+        return x, stats
+
+
+_TAGS: frozenset[object] = frozenset()
+
+
+def _outcome(result: Any, converged: Array) -> RESULTS:
+    """The verdict of a solver that measures its own residual (`NewtonCG`, `LBFGS`)."""
+    out = RESULTS.where(converged, RESULTS.successful, RESULTS.inner_not_converged)
+    stalled = ~converged & (result == optx.RESULTS.stagnation)
+    out = RESULTS.where(stalled, RESULTS.stalled, out)
+    return RESULTS.where(result == optx.RESULTS.nonfinite, RESULTS.nonfinite, out)
+
+
+def check_positive(value: int, name: str) -> None:
+    """Raise unless `value` is an integer of at least one."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1; got {value!r}.")
+
+
+# Functions of (x, (condition, theta)), as Optimistix wants them: global, so that no array
+# hides in a closure and a new condition of the same shape compiles nothing.
+
+
+def _objective(x: PyTree, args: tuple) -> tuple[Array, None]:
+    condition, theta = args
+    return objective(condition)(x, theta), None  # type: ignore[misc]
+
+
+def _squared_residual(x: PyTree, args: tuple) -> tuple[Array, None]:
+    residual, _ = _residual(x, args)
+    return 0.5 * tree_dot(residual, residual), None
+
+
+def _residual(x: PyTree, args: tuple) -> tuple[PyTree, None]:
+    condition, theta = args
+    return condition.residual(x, theta), None
+
+
+def _user_function(x: PyTree, args: tuple) -> tuple[PyTree, None]:
+    condition, theta = args
+    return condition(x, theta), None
+
+
+def _function_for(
+    solver: optx.AbstractIterativeSolver, condition: AbstractCondition
+) -> Callable[[PyTree, tuple], tuple[PyTree, None]]:
+    """What `solver` is to solve for `condition`: the table of the class docstring."""
+    if isinstance(solver, optx.AbstractMinimiser):
+        return _objective if objective(condition) is not None else _squared_residual
+    if isinstance(solver, optx.AbstractLeastSquaresSolver):
+        return _user_function if isinstance(condition, LeastSquares) else _residual
+    if isinstance(solver, optx.AbstractFixedPointSolver):
+        if not isinstance(condition, FixedPoint):
+            raise TypeError(
+                f"{type(solver).__name__} solves fixed points, but the inner problem is a "
+                f"{type(condition).__name__}. Use a minimiser such as bx.NewtonCG() or a root "
+                "finder such as optx.Newton(...), or state the inner problem as bx.FixedPoint."
+            )
+        return _user_function
+    return _residual

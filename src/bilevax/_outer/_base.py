@@ -1,0 +1,43 @@
+"""Outer methods: `problem, state -> state, info`."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+from jaxtyping import Array, Bool, PyTree, Scalar
+
+from .._problem import Bilevel
+from .._results import RESULTS
+
+
+class StepInfo(eqx.Module):
+    """What one outer step saw, at the theta it started from. For people, and for stopping."""
+
+    value: Scalar
+    hypergradient_norm: Scalar
+    inner_residual: Scalar
+    adjoint_residual: Scalar
+    result: RESULTS
+    stats: dict[str, Array]
+    should_stop: Bool[Array, ""]  # the method itself says that it has finished
+    gave_up: Bool[Array, ""]  # the method cannot go on from here
+
+
+class AbstractMethod(eqx.Module):
+    """Moves theta.
+
+    Law: `step(..., move=True)` makes one outer step from `state.theta`, and its info
+    belongs to the theta before the step; with `move=False` it evaluates only. The state
+    has `theta`, `x` (the inner solution of the last evaluation) and `aux`, and is a pytree
+    whose arrays keep shapes and dtypes.
+    """
+
+    @abc.abstractmethod
+    def init(self, problem: Bilevel, x0: PyTree, theta: PyTree) -> Any:
+        """The state before the first step. `x0` may be a function of theta."""
+
+    @abc.abstractmethod
+    def step(
+        self, problem: Bilevel, x0: PyTree, state: Any, move: Bool[Array, ""]
+    ) -> tuple[Any, StepInfo]:
+        """One outer step."""

@@ -1,0 +1,52 @@
+"""Pictures."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ._history import History
+
+
+def import_pyplot() -> Any:
+    """matplotlib.pyplot, or a message that says how to get it."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install 'bilevax[plot]'.") from error
+    return plt
+
+
+def plot_history(history: "History", axes: Any = None) -> Any:
+    """Three panels: value; hypergradient and residuals; oracle calls."""
+    if axes is None:
+        _, axes = import_pyplot().subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    value_axis, residual_axis, count_axis = axes
+    steps = np.arange(len(history))
+    value_axis.plot(steps, history.value, color="C0")
+    value_axis.set(title="Outer objective", xlabel="outer step", ylabel="L(x, theta)")
+    for name, label in (
+        ("hypergradient_norm", "hypergradient norm"),
+        ("inner_residual", "inner residual"),
+        ("adjoint_residual", "adjoint residual (relative)"),
+    ):
+        column = getattr(history, name)
+        if np.any(column > 0):  # NaN where the rule solves no adjoint system
+            residual_axis.semilogy(steps, np.where(column > 0, column, np.nan), label=label)
+    residual_axis.set(title="How near, how exact", xlabel="outer step")
+    residual_axis.legend()
+    for name, label in (
+        ("num_gradients", "inner and outer gradients"),
+        ("num_hessian_products", "Hessian products"),
+        ("num_cross_products", "cross products"),
+    ):
+        count_axis.plot(steps, np.cumsum(getattr(history, name)), label=label)
+    count_axis.set(title="Work so far", xlabel="outer step", ylabel="oracle calls")
+    count_axis.legend()
+    flagged = steps[history.result != "successful"]
+    if flagged.size:
+        value_axis.plot(
+            flagged, history.value[flagged], "x", color="C3", label="flagged steps"
+        )
+        value_axis.legend()
+    return value_axis.figure

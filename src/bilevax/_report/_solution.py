@@ -1,0 +1,57 @@
+"""What `solve` returns."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from .._results import RESULTS
+from ._history import COUNTS, History
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Solution:
+    """The result of a run. `print(solution)` says in a few lines what it is.
+
+    **Attributes:**
+
+    - `x`: the inner solution at `theta`.
+    - `theta`: the outer variable after the last step.
+    - `value`: `L(x, theta)`; `aux`: what `outer` returned beside it.
+    - `result`: the outcome at the final theta; if the run gave up, why.
+    - `history`: a `History`, one row for each outer evaluation.
+    - `stats`: `num_steps`, `num_flagged` (outer evaluations that were flagged),
+        `stopped_by` ("num_steps", "tolerance", "callback", "optimizer", "interrupt" or
+        "failure"), `seconds`, `seconds_first_step` (compilation, for the most part) and
+        the totals of the oracle counts.
+    """
+
+    x: PyTree[Array]
+    theta: PyTree[Array]
+    value: Array
+    aux: PyTree
+    result: RESULTS
+    history: History
+    stats: dict[str, Any]
+
+    def plot(self) -> Any:
+        """The history as a picture; see `History.plot`."""
+        return self.history.plot()
+
+    def __str__(self) -> str:
+        stats = self.stats
+        first = float(self.history.value[0]) if len(self.history) else float("nan")
+        lines = [
+            f"outer objective {first:.6g} -> {float(self.value):.6g} in {stats['num_steps']} "
+            f"outer steps ({stats['seconds']:.2f} s, stopped by {stats['stopped_by']})",
+            ", ".join(f"{stats[name]} {name[4:].replace('_', ' ')}" for name in COUNTS),
+        ]
+        if stats["num_flagged"]:
+            outcomes = self.history.result[self.history.result != "successful"]
+            names, counts = np.unique(outcomes, return_counts=True)
+            listed = ", ".join(f"{n} ({c})" for n, c in zip(names, counts, strict=True))
+            lines.append(f"{stats['num_flagged']} flagged outer evaluations: {listed}")
+        message = RESULTS[self.result]
+        lines.append(f"result: {message}" if message else "result: successful")
+        return "\n".join(lines)

@@ -1,0 +1,381 @@
+"""`solve`: the only outer loop. Compiled in chunks; between chunks it talks to the person."""
+
+import dataclasses
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from ._hypergradient._entry import check_types
+from ._inner._external import External
+from ._inner._optimistix import check_positive
+from ._outer._base import AbstractMethod, StepInfo
+from ._outer._double_loop import DoubleLoop
+from ._outer._update import next_point
+from ._problem import Bilevel, as_arrays, prepare, restore, start_at
+from ._report._history import COUNTS, History
+from ._report._progress import progress_bar
+from ._report._solution import Solution
+from ._results import RESULTS, SolveError
+from ._tree import lean_jit
+
+_MAX_CHUNK = 64  # rows of the buffer of a chunk
+_CHUNK_SECONDS = 0.05  # seldom enough to cost nothing, often enough for a person
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Progress:
+    """What a callback is told: the last evaluation.
+
+    `x` and `value` belong to `theta`, which is the outer variable before the step that
+    followed.
+    """
+
+    num_steps: int
+    theta: PyTree[Array]
+    x: PyTree[Array]
+    aux: PyTree
+    value: float
+    hypergradient_norm: float
+    seconds: float
+
+
+def solve(
+    problem: Bilevel,
+    x0: PyTree,
+    theta0: PyTree,
+    method: AbstractMethod | None = None,
+    *,
+    num_steps: int = 100,
+    rtol: float = 0.0,
+    atol: float = 0.0,
+    callback: Callable[[Progress], Any] | None = None,
+    callback_every: int = 1,
+    progress: bool | None = None,
+    throw: bool = False,
+) -> Solution:
+    """Minimise `L(x*(theta), theta)` over theta.
+
+    **Arguments:**
+
+    - `problem`: a `Bilevel`.
+    - `x0`: where the first inner solve starts (and every one, without warm starts); may be
+        a function of theta.
+    - `theta0`: the first theta.
+    - `method`: `bx.DoubleLoop()` by default.
+    - `num_steps`: the most outer steps.
+    - `rtol`, `atol`: stop when the hypergradient norm is at most
+        `atol + rtol * (norm at theta0)`. By default all steps are made.
+    - `callback`: called with a `Progress` after every `callback_every` steps; the run stops
+        when it returns something true. The arrays it gets are its own.
+    - `progress`: a progress bar; by default on a terminal only. `True` needs tqdm.
+    - `throw`: raise `bx.SolveError` if the outcome is not successful. By default a run
+        does not die: a flagged step is recorded, falls back (see `DoubleLoop`), and a
+        warning at the end says so.
+
+    Ctrl-C ends the run after the current chunk and returns the solution so far; a second
+    Ctrl-C interrupts at once.
+
+    **Returns:** a `Solution`; `print(solution)` and `solution.plot()` show it.
+
+    **Cost:** `num_steps + 1` evaluations: the last one belongs to the theta that is
+    returned. One compilation, none on a second call with data of the same shapes.
+
+    !!! example
+
+        ```python
+        import bilevax as bx, jax.numpy as jnp
+
+        problem = bx.Bilevel(
+            inner=lambda x, theta: jnp.sum((x - 1.0) ** 2 + jnp.exp(theta) * x**2),
+            outer=lambda x, theta: jnp.sum((x - 0.5) ** 2),
+        )
+        solution = bx.solve(problem, jnp.zeros(3), -jnp.ones(3), num_steps=50)
+        print(solution)
+        ```
+    """
+    method = DoubleLoop() if method is None else method
+    if not isinstance(method, AbstractMethod):
+        raise TypeError(
+            f"`method` must be bx.DoubleLoop(...); got {type(method).__name__}. An optimiser, an "
+            "inner solver or a rule goes into it: bx.DoubleLoop(optimizer=...)."
+        )
+    check_positive(num_steps, "num_steps")
+    check_positive(callback_every, "callback_every")
+    run = _Run(problem, x0, theta0, method)
+    with _Interrupt() as interrupt:
+        stopped_by = run.loop(
+            num_steps, (rtol, atol), callback, callback_every, progress, interrupt
+        )
+        run.advance(num_moves=0, num_evaluations=1, tolerance=-1.0)
+    solution = run.solution(stopped_by)
+    _report_failures(solution, throw)
+    return solution
+
+
+class _Run:
+    """The state of one call of `solve` on the host."""
+
+    def __init__(self, problem: Bilevel, x0: PyTree, theta0: PyTree, method: AbstractMethod):
+        check_types(problem)
+        self.start_time = time.perf_counter()
+        x0 = x0 if callable(x0) else as_arrays(x0)
+        self.problem, self.x0, theta = prepare(problem, x0, as_arrays(theta0))
+        self.external = None
+        if isinstance(method, DoubleLoop) and isinstance(method.inner_solver, External):
+            self.external = method.inner_solver
+            self.keeps_x = method.warm_start_inner is not False
+            method = eqx.tree_at(
+                lambda m: (m.inner_solver, m.warm_start_inner),
+                method,
+                (self.external.as_given(), True),
+                is_leaf=lambda leaf: leaf is None or isinstance(leaf, External),
+            )
+        self.method = method
+        self.state = _init(self.problem, self.method, self.x0, theta)
+        self.rows: list[dict[str, np.ndarray]] = []
+        self.num_moves = 0
+        self.num_rows = 0
+
+    def loop(
+        self,
+        num_steps: int,
+        tolerances: tuple[float, float],
+        callback: Callable[[Progress], Any] | None,
+        callback_every: int,
+        progress: bool | None,
+        interrupt: "_Interrupt",
+    ) -> str:
+        """Chunks until something says stop; returns what did."""
+        rtol, atol = tolerances
+        chunk, tolerance = 1, atol
+        bar = progress_bar(num_steps, progress)
+        try:
+            while self.num_moves < num_steps:
+                chunk = min(chunk, num_steps - self.num_moves)
+                began = time.perf_counter()
+                reason = self.advance(chunk, chunk, tolerance)
+                seconds = (time.perf_counter() - began) / chunk
+                last = self.rows[-1]
+                bar.update(chunk, last["value"][-1], last["hypergradient_norm"][-1])
+                if reason is not None:
+                    return reason
+                is_due = callback is not None and self.num_moves % callback_every == 0
+                if is_due and callback(self.progress()):  # type: ignore[misc]
+                    return "callback"
+                if interrupt.requested:
+                    return "interrupt"
+                if len(self.rows) == 1:
+                    tolerance = atol + rtol * float(last["hypergradient_norm"][0])
+                    if last["hypergradient_norm"][0] <= tolerance:
+                        return "tolerance"
+                else:  # the first chunk took compilation with it
+                    chunk = int(np.clip(_CHUNK_SECONDS / max(seconds, 1e-9), 1, _MAX_CHUNK))
+                if callback is not None:
+                    chunk = min(chunk, callback_every - self.num_moves % callback_every)
+                if self.external is not None:
+                    chunk = 1
+        finally:
+            bar.close()
+        return "num_steps"
+
+    def advance(self, num_moves: int, num_evaluations: int, tolerance: float) -> str | None:
+        """One chunk; the reason to stop, if there is one."""
+        if self.external is not None:
+            self._solve_on_host(num_moves > 0)
+        self.state, infos, count, reason = _run_chunk(
+            self.state,
+            self.problem,
+            self.method,
+            self.x0,
+            jnp.asarray(num_moves, jnp.int32),
+            jnp.asarray(num_evaluations, jnp.int32),
+            jnp.asarray(tolerance, float),
+        )
+        infos, count, reason = jax.device_get((infos, count, reason))
+        count = int(count)
+        before = self.rows[-1]["seconds"][-1] if self.rows else 0.0
+        now = time.perf_counter() - self.start_time
+        row = {name: np.asarray(column[:count]) for name, column in _columns(infos).items()}
+        row["seconds"] = before + (now - before) * np.arange(1, count + 1) / count
+        self.rows.append(row)
+        self.num_rows += count
+        self.num_moves += min(count, num_moves)
+        return _REASONS[int(reason)]
+
+    def _solve_on_host(self, moves: bool) -> None:
+        """Run the black box where the method will look next."""
+        assert self.external is not None
+        theta = self.state.theta
+        if moves:
+            theta = next_point(self.method.optimizer, theta, self.state.optimizer)  # type: ignore[attr-defined]
+        start = self.state.x if self.keeps_x else start_at(self.x0, theta)
+        x = as_arrays(self.external.on_host(self.problem.inner, start, theta))
+        self.state = eqx.tree_at(lambda s: s.hypergradient.x, self.state, x)
+
+    def progress(self) -> Progress:
+        """The last evaluation, in arrays that the next chunk does not overwrite."""
+        state = jtu.tree_map(jnp.copy, (self.state.x, self.state.point, self.state.aux))
+        x, theta = restore(self.problem.inner, state[0], state[1])
+        last = self.rows[-1]
+        return Progress(
+            num_steps=self.num_moves,
+            theta=theta,
+            x=x,
+            aux=state[2],
+            value=float(last["value"][-1]),
+            hypergradient_norm=float(last["hypergradient_norm"][-1]),
+            seconds=float(last["seconds"][-1]),
+        )
+
+    def solution(self, stopped_by: str) -> Solution:
+        """Everything, as the user sees it."""
+        columns = {
+            name: np.concatenate([row[name] for row in self.rows]) for name in self.rows[0]
+        }
+        codes = columns["result"]
+        columns["result"] = np.array([_RESULT_NAMES[code] for code in codes])
+        history = History(**columns)
+        code = codes[-1]
+        if stopped_by == "failure":
+            code = next(c for c in reversed(codes) if _RESULT_NAMES[c] != "successful")
+        x, theta = restore(self.problem.inner, self.state.x, self.state.theta)
+        stats = {
+            "num_steps": self.num_moves,
+            "num_flagged": int(np.sum(history.result != "successful")),
+            "stopped_by": stopped_by,
+            "seconds": time.perf_counter() - self.start_time,
+            "seconds_first_step": float(history.seconds[0]),
+            **{name: int(np.sum(getattr(history, name))) for name in COUNTS},
+        }
+        return Solution(
+            x=x,
+            theta=theta,
+            value=jnp.asarray(history.value[-1]),
+            aux=self.state.aux,
+            result=getattr(RESULTS, _RESULT_NAMES[code]),
+            history=history,
+            stats=stats,
+        )
+
+
+_RESULT_NAMES = {int(item._value): name for name, item in RESULTS._name_to_item.items()}
+_REASONS = {0: None, 1: "tolerance", 2: "optimizer", 3: "failure"}
+
+
+@lean_jit
+def _init(problem: Bilevel, method: AbstractMethod, x0: PyTree, theta: PyTree) -> Any:
+    # Copied, because the chunks overwrite the state and the arrays are the caller's.
+    x0, theta = jtu.tree_map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, (x0, theta))
+    return method.init(problem, x0, theta)
+
+
+def _chunk(
+    state: Any,
+    problem: Bilevel,
+    method: AbstractMethod,
+    x0: PyTree,
+    num_moves: Array,
+    num_evaluations: Array,
+    tolerance: Array,
+) -> tuple[Any, StepInfo, Array, Array]:
+    """At most `num_evaluations` steps, of which the first `num_moves` move theta.
+
+    The number of steps is an argument, so that chunks of any length are one program.
+    """
+    dynamic, static = eqx.partition(state, eqx.is_array)
+
+    def step(dynamic: Any, move: Array) -> tuple[Any, StepInfo]:
+        state = eqx.combine(dynamic, static)
+        new_state, info = method.step(problem, x0, state, move)
+        return eqx.filter(new_state, eqx.is_array), info
+
+    info_struct = jax.eval_shape(step, dynamic, jnp.array(True))[1]
+    buffer = jtu.tree_map(lambda s: jnp.zeros((_MAX_CHUNK, *s.shape), s.dtype), info_struct)
+
+    def keep_going(carry: tuple) -> Array:
+        _, _, count, reason = carry
+        return (count < num_evaluations) & (reason == 0)
+
+    def body(carry: tuple) -> tuple:
+        dynamic, buffer, count, _ = carry
+        dynamic, info = step(dynamic, count < num_moves)
+        buffer = jtu.tree_map(lambda b, a: b.at[count].set(a), buffer, info)
+        reason = _reason(info, tolerance)
+        return dynamic, buffer, count + 1, reason
+
+    zero = jnp.asarray(0, jnp.int32)
+    carry = jax.lax.while_loop(keep_going, body, (dynamic, buffer, zero, zero))
+    dynamic, buffer, count, reason = carry
+    return eqx.combine(dynamic, static), buffer, count, reason
+
+
+_run_chunk = lean_jit(_chunk, donate_first=True)
+
+
+def _reason(info: StepInfo, tolerance: Array) -> Array:
+    """The code, in `_REASONS`, of what stops the run after this step; 0 for nothing."""
+    is_small = info.hypergradient_norm <= tolerance
+    is_small = is_small & (info.result == RESULTS.successful)
+    reason = jnp.where(is_small, 1, jnp.where(info.should_stop, 2, 0))
+    return jnp.where(info.gave_up, 3, reason).astype(jnp.int32)
+
+
+def _columns(info: StepInfo) -> dict[str, np.ndarray]:
+    """The columns of the history in a buffer of infos."""
+    return {
+        "value": info.value,
+        "hypergradient_norm": info.hypergradient_norm,
+        "inner_residual": info.inner_residual,
+        "adjoint_residual": info.adjoint_residual,
+        "result": info.result._value,
+        **info.stats,
+    }  # type: ignore[return-value]
+
+
+def _report_failures(solution: Solution, throw: bool) -> None:
+    """An error or a warning where the run was not successful."""
+    failed = solution.result is not RESULTS.successful
+    if failed and throw:
+        raise SolveError(str(solution), solution.result)
+    if failed or solution.stats["num_flagged"]:
+        warnings.warn(str(solution), RuntimeWarning, stacklevel=3)
+
+
+class _Interrupt:
+    """Ctrl-C as a request: the first is remembered, the second interrupts."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: Any = None
+
+    def __enter__(self) -> "_Interrupt":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        del kind, error, traceback
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
