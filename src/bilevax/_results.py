@@ -44,6 +44,11 @@ class RESULTS(eqx.Enumeration):
         "(jax.config.update('jax_enable_x64', True)), loosen rtol, or improve the "
         "scaling of the problem."
     )
+    diverged = (
+        "The linear solver diverged: its step size is too large for this system. Give a "
+        "smaller step_size, leave it None (it is then measured; for a fixed point it is 1, "
+        "which needs a contraction), or use CG() or lx.GMRES(...)."
+    )
 
 
 def first_failure(*results: RESULTS) -> RESULTS:

@@ -6,3 +6,5 @@ from ._base import (
     verify as verify,
 )
 from ._cg import CG as CG
+from ._gradient_descent import GradientDescent as GradientDescent
+from ._neumann import Neumann as Neumann

@@ -6,11 +6,13 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Int, PyTree, Scalar
 
 from .._results import RESULTS
-from .._tree import tree_all_finite, tree_norm, tree_sub
+from .._tree import tree_all_finite, tree_norm
+from ._common import largest_entry
 
 
 class LinearSolution(eqx.Module):
@@ -86,11 +88,15 @@ def verify(solution: LinearSolution, b: PyTree[Array], product: PyTree[Array]) -
     recursive residual keeps falling where the true one cannot. Twice the tolerance is
     granted, for the rounding of the measurement itself.
     """
-    norm_b = tree_norm(b)
-    residual = tree_norm(tree_sub(b, product)) / jnp.where(norm_b > 0, norm_b, 1)
+    # Divided by the largest entry: squares under- and overflow in float32.
+    scale = largest_entry(b)
+    scale = jnp.where(scale > 0, scale, 1)
+    norm_b = tree_norm(jtu.tree_map(lambda x: x / scale, b))
+    error = tree_norm(jtu.tree_map(lambda x, y: (x - y) / scale, b, product))
+    residual = error / jnp.where(norm_b > 0, norm_b, 1)
     finite = tree_all_finite((b, solution.value, product))
     result = RESULTS.where(
-        (solution.result == RESULTS.successful) & (residual > 2 * solution.tolerance),
+        (solution.result == RESULTS.successful) & ~(residual <= 2 * solution.tolerance),
         RESULTS.stalled,
         solution.result,
     )
@@ -111,6 +117,7 @@ def _to_lineax(result: RESULTS) -> Any:
         (RESULTS.negative_curvature, lx.RESULTS.breakdown),
         (RESULTS.singular, lx.RESULTS.singular),
         (RESULTS.stalled, lx.RESULTS.stagnation),
+        (RESULTS.diverged, lx.RESULTS.breakdown),
         (RESULTS.nonfinite, lx.RESULTS.nonfinite_input),
     ):
         out = lx.RESULTS.where(result == ours, theirs, out)

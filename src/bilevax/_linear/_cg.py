@@ -18,12 +18,10 @@ from .._tree import (
     tree_norm,
     tree_scale,
     tree_size,
-    tree_sub,
     tree_where,
-    tree_zeros_like,
 )
 from ._base import AbstractIterativeLinearSolver, LinearSolution
-from ._common import check_count, check_tolerance, largest_entry
+from ._common import check_count, check_tolerance, scaled_start
 
 # The recursive residual drifts away from b - A v. Where a bound on the drift passes a tenth
 # of the residual, one product measures it, at most every 50 steps (two per cent).
@@ -88,10 +86,7 @@ class CG(AbstractIterativeLinearSolver):
         v0: PyTree[Array] | None = None,
         preconditioner: Callable[[PyTree], PyTree] | None = None,
     ) -> LinearSolution:
-        # Scaled to entries of order one: else squares under- or overflow in float32.
-        scale = largest_entry(b)
-        scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
-        b = jtu.tree_map(lambda x: x / scale, b)
+        scale, b, v, r = scaled_start(matvec, b, v0)
         norm_b = tree_norm(b)
         if self.num_steps is not None:
             # Beyond this the steps are rounding errors, and would amplify them.
@@ -106,7 +101,7 @@ class CG(AbstractIterativeLinearSolver):
         state = jax.lax.while_loop(
             lambda s: s.is_running & ((s.num_steps < limit) | s.refresh),
             lambda s: _step(s, system),
-            _start(system, None if v0 is None else jtu.tree_map(lambda x: x / scale, v0)),
+            _start(system, v, r, num_products=0 if v0 is None else 1),
         )
         return self._finish(state, scale, norm_b, tolerance)
 
@@ -159,22 +154,13 @@ class _State(eqx.Module):
     result: RESULTS
 
 
-def _start(system: _System, v0: PyTree[Array] | None) -> _State:
-    b = system.b
-    v, r = tree_zeros_like(b), b
-    if v0 is not None:
-        r0 = tree_sub(b, system.matvec(v0))
-        # False also where the guess is not finite.
-        better = tree_dot(r0, r0) <= tree_dot(b, b)
-        v, r = tree_where(better, v0, v), tree_where(better, r0, b)
-    # Without a guess r = b: measured.md, Q10: A(0) is miscompiled on CPU in float32.
+def _start(system: _System, v: PyTree[Array], r: PyTree[Array], num_products: int) -> _State:
     z, rr, rho = _products(system, r)
     result = _residual_result(rr, rho)
     is_running = (rr > system.tolerance**2) & (result == RESULTS.successful)
     zero, false = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
     inf = jnp.full_like(rr, jnp.inf)
-    products = zero if v0 is None else zero + 1
-    scalars = (rr, rho, rho, 0 * rr, false, zero, 0 * rr, inf, zero, products)
+    scalars = (rr, rho, rho, 0 * rr, false, zero, 0 * rr, inf, zero, zero + num_products)
     return _State(v, r, z, *scalars, is_running, result)
 
 
@@ -260,5 +246,7 @@ def _bad_curvature(s: _State, pq: Scalar, qq: Scalar) -> RESULTS:
     eps = _ROUNDING * jnp.finfo(pq.dtype).eps
     norm = jnp.maximum(s.max_curvature, jnp.sqrt(jnp.maximum(qq, 0) / s.pp))
     is_negative = (pq < -eps * norm * s.pp) | (qq > eps * norm**2 * s.pp)
-    result = RESULTS.where(is_negative, RESULTS.negative_curvature, RESULTS.singular)
+    # After a restart the recurrence for p'p is only roughly right.
+    singular = RESULTS.where(jnp.isfinite(s.restart_rr), RESULTS.stalled, RESULTS.singular)
+    result = RESULTS.where(is_negative, RESULTS.negative_curvature, singular)
     return RESULTS.where(jnp.isfinite(pq) & jnp.isfinite(qq), result, RESULTS.nonfinite)

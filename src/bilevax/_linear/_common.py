@@ -1,10 +1,15 @@
-"""Checks of arguments, and a norm, that the linear solvers share."""
+"""What the linear solvers share: checks of arguments, the start, the largest eigenvalue."""
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar
 
-from .._tree import tree_dtype
+from .._tree import tree_dot, tree_dtype, tree_norm, tree_sub, tree_where, tree_zeros_like
+
+_POWER_STEPS = 10
 
 
 def check_tolerance(name: str, **tolerances: float | Array | None) -> None:
@@ -23,7 +28,72 @@ def check_count(name: str, **counts: int | None) -> None:
             raise ValueError(f"{name}({key}=...) must be a positive integer; got {value!r}.")
 
 
+def check_step_size(name: str, step_size: float | Array | None) -> None:
+    """Raise unless the step size is `None`, traced, or a positive number."""
+    if isinstance(step_size, (int, float)) and not step_size > 0:
+        raise ValueError(f"{name}(step_size=...) must be positive; got {step_size}.")
+
+
+def scaled_start(
+    matvec: Callable[[PyTree], PyTree], b: PyTree[Array], v0: PyTree[Array] | None
+) -> tuple[Scalar, PyTree[Array], PyTree[Array], PyTree[Array]]:
+    """The scale of `b`; and `b`, the first iterate and its residual, divided by it.
+
+    Scaled to entries of order one, because squares under- and overflow in float32.
+    """
+    scale = largest_entry(b)
+    scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
+    b = jtu.tree_map(lambda x: x / scale, b)
+    # Without a guess r = b: A(0), a constant, is miscompiled on CPU in float32.
+    v, r = tree_zeros_like(b), b
+    if v0 is not None:
+        v0 = jtu.tree_map(lambda x: x / scale, v0)
+        r0 = tree_sub(b, matvec(v0))
+        # A guess worse than zero is dropped; the test is false also where it is not finite.
+        is_better = tree_dot(r0, r0) <= tree_dot(b, b)
+        v, r = tree_where(is_better, v0, v), tree_where(is_better, r0, b)
+    return scale, b, v, r
+
+
+def largest_eigenvalue(matvec: Callable[[PyTree], PyTree], b: PyTree[Array]) -> Scalar:
+    """The largest eigenvalue in magnitude, by ten steps of the power method.
+
+    An underestimate. Starts from `b` plus a fixed pattern of signs, so that a `b`
+    orthogonal to the leading eigenvector does no harm. Ten products.
+    """
+
+    def step(_: int, carry: tuple[PyTree, Scalar]) -> tuple[PyTree, Scalar]:
+        u, norm = carry
+        u = jtu.tree_map(lambda x: x / jnp.where(norm > 0, norm, 1), u)
+        u = matvec(u)
+        return u, tree_norm(u)
+
+    u = jtu.tree_map(lambda x: x + _signs(x), b)
+    _, norm = jax.lax.fori_loop(0, _POWER_STEPS, step, (u, tree_norm(u)))
+    return norm
+
+
+def _signs(x: Array) -> Array:
+    """A fixed pattern of signs without visible order: bits of a multiplicative hash."""
+    i = jnp.arange(x.size, dtype=jnp.uint32)
+    i = i * jnp.uint32(2654435761)
+    i = (i ^ (i >> 15)) * jnp.uint32(2246822519)
+    signs = 1 - 2 * (i >> 31).astype(jnp.int32)
+    return signs.astype(x.dtype).reshape(x.shape)
+
+
+def find_step_size(
+    step_size: float | Scalar | None, matvec: Callable[[PyTree], PyTree], b: PyTree[Array]
+) -> tuple[Scalar, int]:
+    """`step_size`, or one over the largest eigenvalue; and the products that it cost."""
+    if step_size is not None:
+        return jnp.asarray(step_size, tree_dtype(b)), 0
+    # Five per cent for the underestimate; descent is stable up to twice this step.
+    largest = 1.05 * largest_eigenvalue(matvec, b)
+    return jnp.where(largest > 0, 1 / jnp.where(largest > 0, largest, 1), 1), _POWER_STEPS
+
+
 def largest_entry(a: PyTree[Array]) -> Scalar:
     """The largest magnitude in a pytree, zero for an empty one; NaN if there is one."""
     leaves = [jnp.max(jnp.abs(x), initial=0) for x in jtu.tree_leaves(a)]
-    return jnp.max(jnp.stack(leaves)) if leaves else jnp.zeros((), tree_dtype(a))
+    return jnp.max(jnp.stack(leaves)) if leaves else jnp.zeros(())
