@@ -37,6 +37,7 @@ sphinx_gallery_conf = {
     "write_computation_times": False,
 }
 
+highlight_language = "none"  # indented blocks in docstrings are formulas
 html_theme = "pydata_sphinx_theme"
 html_title = "bilevax"
 html_theme_options = {
@@ -46,5 +47,5 @@ html_theme_options = {
     "footer_end": [],
     "navbar_end": ["theme-switcher"],
 }
-html_sidebars = {"index": [], "faq": [], "choosing": [], "changelog": []}
+html_sidebars = {"index": [], "api": [], "faq": [], "choosing": [], "changelog": []}
 html_show_sourcelink = False

@@ -2,8 +2,10 @@
 
 import os
 
-# Before JAX is imported. The suite is run by several processes at once: one thread each.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+# Before NumPy is imported. Several processes run the suite: one BLAS thread each, as two
+# that wait for each other stall for a whole time slice. (Flags that make XLA single-threaded
+# or compile with less optimisation, and a compilation cache for the session, gained nothing
+# when measured.)
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["MPLBACKEND"] = "Agg"

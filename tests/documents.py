@@ -22,7 +22,7 @@ def public_objects() -> dict[str, Any]:
         for name, value in vars(module).items()
         if not name.startswith("_")
         and not isinstance(value, ModuleType)
-        and getattr(value, "__module__", "bilevax").startswith("bilevax")
+        and getattr(value, "__module__", "").startswith("bilevax")
     }
 
 
