@@ -7,6 +7,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
 
+from .._inner._base import Counts
 from .._inner._external import Given
 from .._linear import LinearSolution
 from .._problem import Bilevel, as_arrays, prepare
@@ -91,11 +92,7 @@ def _jacobian(problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit) -> Jac
     worst = jnp.argmax(systems.result != RESULTS.successful)
     result = jtu.tree_map(lambda code: code[worst], systems.result)
     num_systems = systems.residual.shape[0]
-    counts = eqx.tree_at(
-        lambda c: (c.num_hessian_products, c.num_cross_products),
-        inner.counts,
-        (inner.counts.num_hessian_products + jnp.sum(systems.num_products), num_systems),
-    )
+    counts = inner.counts + Counts(hessian=jnp.sum(systems.num_products), cross=num_systems)
     return Jacobian(
         value=value,
         inner_residual=inner.residual,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
@@ -129,7 +128,7 @@ def _last_step(
     x0 = stop_gradient(start_at(x0, theta))
     carry = solver.start(fixed_condition, x0, fixed_theta, stop_gradient(state))
     carry, count = run(solver, fixed_condition, fixed_theta, carry)
-    carry = jax.checkpoint(solver.step, static_argnums=())(condition, theta, stop_gradient(carry))
+    carry = solver.step(condition, theta, stop_gradient(carry))
     x, new_state = solver.finish(condition, carry)
     return x, new_state, count + 1, jnp.asarray(1, jnp.int32)
 

@@ -7,4 +7,8 @@ from ._base import (
 )
 from ._cg import CG as CG
 from ._gradient_descent import GradientDescent as GradientDescent
+from ._lineax import (
+    default_linear_solver as default_linear_solver,
+    solve_linear as solve_linear,
+)
 from ._neumann import Neumann as Neumann

@@ -41,7 +41,7 @@ class GradientDescent(AbstractIterativeLinearSolver):
 
     **Returns** (from `solve`): a `LinearSolution`. Outcomes: `diverged` (the residual
     grows: the step is too large), `negative_curvature` (it grows along itself),
-    `stalled`, `nonfinite`, `adjoint_not_converged`; then the value is the last finite
+    `singular`, `stalled`, `nonfinite`, `adjoint_not_converged`; then the value is the last finite
     iterate. A guess `v0` worse than zero is dropped.
 
     **Cost:** one product per step, ten for the step size; four vectors.
@@ -91,7 +91,7 @@ class GradientDescent(AbstractIterativeLinearSolver):
             tolerance, limit, patience = target / safe_norm, self.max_steps, _PATIENCE
         else:
             target, tolerance = jnp.zeros_like(norm_b), jnp.full_like(norm_b, jnp.inf)
-            limit = patience = self.num_steps
+            limit, patience = self.num_steps, self.num_steps + 1
 
         def step(s: _State) -> _State:
             v = tree_axpy(step_size, precondition(s.r), s.v)
@@ -122,6 +122,8 @@ class _State(eqx.Module):
     # at a new smallest residual
     best_norm: Scalar
     best_step: Int[Array, ""]
+    # once
+    first_norm: Scalar
     # reported
     result: RESULTS
 
@@ -129,7 +131,7 @@ class _State(eqx.Module):
 def _start(v: PyTree[Array], r: PyTree[Array]) -> _State:
     norm, zero = tree_norm(r), jnp.zeros((), jnp.int32)
     result = RESULTS.where(jnp.isfinite(norm), RESULTS.successful, RESULTS.nonfinite)
-    return _State(v, r, norm, zero, norm, zero, result)
+    return _State(v, r, norm, zero, norm, zero, norm, result)
 
 
 def _next(s: _State, v: PyTree[Array], r: PyTree[Array], patience: int) -> _State:
@@ -138,11 +140,15 @@ def _next(s: _State, v: PyTree[Array], r: PyTree[Array], patience: int) -> _Stat
     norm, overlap = tree_norm(r), tree_dot(s.r, r)
     is_best = norm < s.best_norm
     best_step = jnp.where(is_best, num_steps, s.best_step)
-    result = RESULTS.where(num_steps - best_step >= patience, RESULTS.stalled, RESULTS.successful)
     # Along negative curvature the residual grows and keeps its direction; where the step
-    # is too large it turns round.
+    # is too large it turns round. Neither growing nor shrinking, it is the part of b in
+    # the null space or, if it is that small, the rounding errors.
     growth = RESULTS.where(overlap > 0, RESULTS.negative_curvature, RESULTS.diverged)
+    is_floor = norm < jnp.sqrt(jnp.finfo(norm.dtype).eps) * s.first_norm
+    floor = RESULTS.where(is_floor, RESULTS.stalled, RESULTS.singular)
+    late = RESULTS.where(norm > 2 * s.best_norm, growth, floor)
+    result = RESULTS.where(num_steps - best_step >= patience, late, RESULTS.successful)
     result = RESULTS.where(norm > _GROWTH * s.best_norm, growth, result)
     result = RESULTS.where(jnp.isfinite(norm), result, RESULTS.nonfinite)
     best_norm = jnp.minimum(norm, s.best_norm)
-    return _State(v, r, norm, num_steps, best_norm, best_step, result)
+    return _State(v, r, norm, num_steps, best_norm, best_step, s.first_norm, result)

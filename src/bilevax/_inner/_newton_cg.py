@@ -1,0 +1,271 @@
+"""Newton's method, its linear systems solved as far as they deserve."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import Array, Bool, Int, PyTree, Scalar
+
+from .._linear._common import check_count, check_tolerance
+from .._tree import (
+    default_rtol,
+    tree_axpy,
+    tree_dot,
+    tree_dtype,
+    tree_larger,
+    tree_norm,
+    tree_size,
+    tree_sub,
+    tree_where,
+)
+from ._line_search import is_decrease, is_level, is_lost, shrink
+from ._newton_direction import cg_direction, dense_direction
+
+# Up to this size a dense Hessian is no slower than conjugate gradients, and exact.
+_DENSE_SIZE = 32
+
+
+class NewtonCG(optx.AbstractMinimiser):
+    """Newton's method with conjugate gradients, for smooth inner problems.
+
+    `y <- y + t p`, where `||H p + g|| <= eta ||g||`, `g` and `H` the gradient and the
+    Hessian at `y`, and `t = 1` unless the line search shortens the step. Stops when
+
+        ||g|| <= atol + rtol ||H z||,    z entrywise the larger of y and the start,
+
+    in two-norms, measured at the `y` that is returned. On `1/2 y'Ay - c'y` the right-hand
+    side is `atol + rtol ||c||`; it means the same for cold and warm starts.
+
+    **Arguments:**
+
+    - `rtol`, `atol`: tolerances; `rtol=None` is 1e-6 in float64 and 1e-4 below.
+    - `max_cg_steps`: the most steps of conjugate gradients per iteration.
+    - `dense`: form the Hessian and factorise it, instead of conjugate gradients. By
+      default for at most 32 variables.
+
+    **Returns** (from `optx.minimise`): `stats` holds `residual` and `tolerance`, the two
+    sides of the stopping rule, `num_gradients` and `num_hessian_products`. Outcomes:
+    `stagnation` (rounding errors are larger than the tolerance) and `nonfinite`.
+
+    **Cost:** one linearised gradient and one Hessian product per evaluation, and the
+    products of conjugate gradients (the number of variables, if dense). The first of the
+    `num_steps` evaluates the start: `K` steps are at most `K - 1` updates.
+
+    **Exact when** the objective is smooth; quadratic convergence near a strict minimum.
+    Non-convex objectives are descended, with directions of negative curvature cut off.
+
+    !!! example
+
+        ```python
+        optx.minimise(fn, bx.NewtonCG(rtol=1e-8), y0, args)
+        ```
+
+    Reference: Eisenstat and Walker, "Choosing the forcing terms in an inexact Newton
+    method", SIAM J. Sci. Comput. 17 (1996), equation (2.2).
+    """
+
+    rtol: float | None = None
+    atol: float = 0.0
+    max_cg_steps: int = 1_000
+    dense: bool | None = None
+
+    def __check_init__(self) -> None:
+        check_tolerance("NewtonCG", rtol=self.rtol, atol=self.atol)
+        check_count("NewtonCG", max_cg_steps=self.max_cg_steps)
+
+    @property
+    def norm(self) -> Callable[[PyTree], Scalar]:
+        """The two-norm: what Optimistix calls the norm of a solver."""
+        return tree_norm
+
+    def init(
+        self,
+        fn: Callable,
+        y: PyTree[Array],
+        args: PyTree,
+        options: dict[str, Any],
+        f_struct: Any,
+        aux_struct: Any,
+        tags: frozenset[object],
+    ) -> "_State":
+        del fn, args, options, f_struct, tags
+        one = jnp.ones((), tree_dtype(y))
+        count = jnp.zeros((), jnp.int32)
+        return _State(
+            *(y, y, jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), aux_struct)),
+            *(one, one, one, -one, -one, jnp.inf * one),
+            *(count, count, jnp.zeros((), bool), optx.RESULTS.successful),
+        )
+
+    def step(
+        self,
+        fn: Callable,
+        y: PyTree[Array],
+        args: PyTree,
+        options: dict[str, Any],
+        state: "_State",
+        tags: frozenset[object],
+    ) -> tuple[PyTree[Array], "_State", PyTree]:
+        del options, tags
+
+        def evaluate(y: PyTree) -> tuple[PyTree, tuple[Scalar, PyTree]]:
+            value, gradient = jax.value_and_grad(fn, has_aux=True)(y, args)
+            return gradient, value
+
+        # 1. objective, gradient and Hessian at the candidate: the only evaluation
+        gradient, product, (f, aux) = jax.linearize(evaluate, state.y_eval, has_aux=True)
+        f, residual = f.astype(state.f.dtype), _size(gradient)
+        curved = product(tree_larger(state.y_eval, state.y0))
+        scale = _size(curved)
+        tolerance = self.atol + self._rtol(y) * scale
+
+        # 2. accept or reject it
+        is_finite = jnp.isfinite(f) & jnp.isfinite(residual) & jnp.isfinite(scale)
+        accept = is_finite & (state.is_first | _is_progress(state, f, residual))
+        is_done = accept & (residual <= tolerance)
+
+        # 3. the next direction; a zero right-hand side costs nothing
+        is_needed = accept & ~is_done
+        b = jtu.tree_map(lambda g: jnp.where(is_needed, -g, jnp.zeros_like(g)), gradient)
+        if self._is_dense(y):
+            found = dense_direction(product, b, is_needed)
+        else:
+            # what the scale will be at the next iterate if the objective is quadratic
+            next_scale = jnp.maximum(scale, _size(tree_sub(curved, gradient)))
+            target = 0.5 * (self.atol + self._rtol(y) * next_scale)
+            eta = _forcing(state, residual, target, next_scale)
+            found = cg_direction(product, b, eta, self.max_cg_steps)
+        direction, expected, num_products = found
+
+        # 4. the next candidate
+        moved = tree_sub(state.y_eval, y)
+        factor = shrink(state.slope, tree_dot(gradient, moved))
+        ahead = jtu.tree_map(jnp.add, state.y_eval, direction)
+        y_eval = tree_where(accept, ahead, tree_axpy(factor, moved, y))
+        new_y = tree_where(accept, state.y_eval, y)
+        aux = tree_where(accept, aux, state.aux)
+        judged = (f, residual, tolerance, tree_dot(gradient, direction), expected)
+        scalars = _update(state, accept, factor, judged)
+
+        # 5. the outcome
+        is_lost_now = is_lost(state.f, factor * state.slope, state.full_slope)
+        is_over = ~accept & (state.is_first | is_lost_now)
+        why = optx.RESULTS.where(is_finite, optx.RESULTS.stagnation, optx.RESULTS.nonfinite)
+        result = optx.RESULTS.where(is_over, why, optx.RESULTS.successful)
+        num_products = state.num_hessian_products + 1 + num_products
+        counts = (state.num_gradients + 1, num_products)
+        return new_y, _State(y_eval, state.y0, aux, *scalars, *counts, is_done, result), aux
+
+    def terminate(
+        self,
+        fn: Callable,
+        y: PyTree[Array],
+        args: PyTree,
+        options: dict[str, Any],
+        state: "_State",
+        tags: frozenset[object],
+    ) -> tuple[Bool[Array, ""], optx.RESULTS]:
+        del fn, y, args, options, tags
+        return state.is_done, state.result
+
+    def postprocess(
+        self,
+        fn: Callable,
+        y: PyTree[Array],
+        aux: PyTree,
+        args: PyTree,
+        options: dict[str, Any],
+        state: "_State",
+        tags: frozenset[object],
+        result: optx.RESULTS,
+    ) -> tuple[PyTree[Array], PyTree, dict[str, Any]]:
+        del fn, aux, args, options, tags, result
+        stats = {
+            "residual": state.residual,
+            "tolerance": state.tolerance,
+            "num_gradients": state.num_gradients,
+            "num_hessian_products": state.num_hessian_products,
+        }
+        return y, state.aux, stats
+
+    def _rtol(self, y: PyTree[Array]) -> float:
+        return default_rtol(y) if self.rtol is None else self.rtol
+
+    def _is_dense(self, y: PyTree[Array]) -> bool:
+        return tree_size(y) <= _DENSE_SIZE if self.dense is None else self.dense
+
+
+class _State(eqx.Module):
+    # every evaluation: the next candidate; where the solve began
+    y_eval: PyTree[Array]
+    y0: PyTree[Array]
+    # at the last accepted iterate
+    aux: PyTree
+    f: Scalar
+    residual: Scalar
+    tolerance: Scalar
+    slope: Scalar  # derivative along the step to the candidate, times its length
+    full_slope: Scalar  # the same for the whole Newton step
+    expected: Scalar  # the residual at the candidate if the objective is quadratic
+    # reported
+    num_gradients: Int[Array, ""]
+    num_hessian_products: Int[Array, ""]
+    is_done: Bool[Array, ""]
+    result: optx.RESULTS
+
+    @property
+    def is_first(self) -> Bool[Array, ""]:
+        return self.num_gradients == 0
+
+
+def _size(a: PyTree[Array]) -> Scalar:
+    """Two-norm for decisions: not differentiated, since it has no derivative at zero."""
+    return tree_norm(jax.lax.stop_gradient(a))
+
+
+def _is_progress(state: _State, f: Scalar, residual: Scalar) -> Bool[Array, ""]:
+    """The objective falls, or it is level and the gradient falls: near a minimum, where
+    the objective is lost in rounding, Newton steps shorten the gradient."""
+    part = state.slope / jnp.where(state.full_slope < 0, state.full_slope, -1)
+    is_shorter = residual <= (1 - 0.1 * part) * state.residual
+    return is_decrease(state.f, f, state.slope) | (is_level(state.f, f) & is_shorter)
+
+
+def _forcing(state: _State, residual: Scalar, target: Scalar, scale: Scalar) -> Scalar:
+    """How far to solve the Newton system, relative to the gradient.
+
+    As far as the linear model of the gradient was wrong at the last step, and no further
+    than the tolerance asks for. At the first step nothing is known of the model: the
+    relative size of the gradient stands in, and a tolerance in sight is aimed at, so
+    that a quadratic objective to low accuracy takes one step.
+    """
+    residual = jnp.where(residual > 0, residual, 1)
+    error = jnp.abs(residual - state.expected) / state.residual
+    eta = jnp.where(state.is_first, residual / jnp.where(scale > 0, scale, 1), error)
+    eta, target = jnp.where(eta < 0.1, eta, 0.1), target / residual  # 0.1 if not a number
+    in_sight = jnp.where(state.is_first, 0.02, 1.0) * eta
+    return jnp.minimum(jnp.where(target >= in_sight, target, eta), 0.9)
+
+
+def _update(
+    state: _State, accept: Bool[Array, ""], factor: Scalar, judged: tuple[Scalar, ...]
+) -> tuple[Scalar, ...]:
+    """The scalars of the next state: of the candidate if it was accepted."""
+    f, residual, tolerance, slope, expected = judged
+    is_new = accept | state.is_first
+
+    def pick(a: Scalar, b: Scalar) -> Scalar:
+        return jnp.where(is_new, a, b)
+
+    return (
+        pick(f, state.f),
+        pick(residual, state.residual),
+        pick(tolerance, state.tolerance),
+        pick(slope, factor * state.slope),
+        pick(slope, state.full_slope),
+        jnp.where(accept, expected, jnp.inf),
+    )

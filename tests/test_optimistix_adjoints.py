@@ -1,0 +1,166 @@
+"""Every rule as the adjoint of an Optimistix call."""
+
+import bilevax as bx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optimistix as optx
+import pytest
+from bilevax.testing import fixed_point, logistic, quadratic, relative_error, root
+
+RULES = {
+    "Implicit": (bx.Implicit(bx.CG(rtol=1e-12)), 1e-7),
+    "Unrolled": (bx.Unrolled(), 1e-6),
+    "Truncated": (bx.Truncated(num_steps=150), 1e-5),
+    "OneStep": (bx.OneStep(), 0.95),
+}
+TIGHT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def check(oracle, solve, bound):
+    def value(theta):
+        return oracle.problem.outer_value(solve(theta), theta)[0]
+
+    assert relative_error(jax.grad(value)(oracle.theta), oracle.hypergradient) < bound
+    return value
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    "solver", [optx.BFGS(**TIGHT), optx.GradientDescent(0.15, **TIGHT)], ids=["BFGS", "GD"]
+)
+def test_minimise(name, solver):
+    rule, bound = RULES[name]
+    oracle = quadratic(condition=5.0)
+
+    def solve(theta):
+        return optx.minimise(
+            lambda x, theta: oracle.problem.inner(x, theta),
+            solver,
+            oracle.x0,
+            args=theta,
+            adjoint=rule,
+            max_steps=400,
+        ).value
+
+    value = check(oracle, solve, bound)
+    if name == "Implicit":
+        assert relative_error(jax.hessian(value)(oracle.theta), oracle.hyper_hessian) < 1e-6
+        thetas = jnp.stack([oracle.theta, oracle.theta + 0.1])
+        batched = jax.vmap(jax.grad(value))(thetas)
+        np.testing.assert_allclose(batched[1], jax.grad(value)(thetas[1]), rtol=1e-8)
+
+
+def test_implicit_jvp_in_minimise():
+    oracle = logistic()
+    _, x_dot = jax.jvp(
+        lambda theta: optx.minimise(
+            lambda x, theta: oracle.problem.inner(x, theta),
+            optx.BFGS(**TIGHT),
+            oracle.x0,
+            args=theta,
+            adjoint=RULES["Implicit"][0],
+        ).value,
+        (oracle.theta,),
+        (jnp.ones(6),),
+    )
+    assert relative_error(x_dot, oracle.jacobian @ np.ones(6)) < 1e-7
+
+
+@pytest.mark.parametrize("name", ["Implicit", "Unrolled", "Truncated"])
+def test_root_find(name):
+    rule, bound = RULES[name] if name != "Implicit" else (bx.Implicit(), 1e-4)
+    oracle = root()
+
+    def solve(theta):
+        return optx.root_find(
+            lambda x, theta: oracle.problem.inner(x, theta),
+            optx.Newton(**TIGHT),
+            oracle.x0,
+            args=theta,
+            adjoint=rule,
+        ).value
+
+    check(oracle, solve, bound)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_fixed_point(name):
+    rule, bound = RULES[name] if name != "Implicit" else (bx.Implicit(), 1e-4)
+    oracle = fixed_point()
+
+    def solve(theta):
+        return optx.fixed_point(
+            lambda x, theta: oracle.problem.inner(x, theta),
+            optx.FixedPointIteration(**TIGHT),
+            oracle.x0,
+            args=theta,
+            adjoint=rule,
+        ).value
+
+    check(oracle, solve, bound)
+
+
+@pytest.mark.parametrize("name", ["Implicit", "Unrolled", "Truncated"])
+def test_least_squares(name):
+    rule, bound = RULES[name]
+    features = jnp.cos(jnp.arange(12.0)).reshape(6, 2)
+
+    def residuals(x, theta):
+        return jnp.concatenate([features @ x - jnp.sin(jnp.arange(6.0)), theta * x])
+
+    def value(theta, adjoint):
+        x = optx.least_squares(
+            residuals,
+            optx.LevenbergMarquardt(**TIGHT),
+            jnp.zeros(2),
+            args=theta,
+            adjoint=adjoint,
+        ).value
+        return jnp.sum(x**2)
+
+    exact = optx.ImplicitAdjoint(lx.AutoLinearSolver(well_posed=None))
+    theta = jnp.array([0.5, 0.8])
+    assert relative_error(jax.grad(value)(theta, rule), jax.grad(value)(theta, exact)) < bound
+
+
+def test_one_step_refuses_an_equation():
+    with pytest.raises(TypeError, match="bx.FixedPoint"):
+        optx.root_find(
+            lambda x, theta: x - theta,
+            optx.Newton(**TIGHT),
+            jnp.zeros(2),
+            args=jnp.ones(2),
+            adjoint=bx.OneStep(),
+        )
+
+
+def test_unrolled_needs_a_bound_on_the_steps():
+    with pytest.raises(ValueError, match="max_steps"):
+        optx.minimise(
+            lambda x, t: jnp.sum((x - t) ** 2),
+            optx.BFGS(**TIGHT),
+            jnp.zeros(2),
+            args=jnp.ones(2),
+            max_steps=None,
+            adjoint=bx.Unrolled(),
+        )
+
+
+def test_a_failed_adjoint_solve_is_an_error():
+    rule = bx.Implicit(bx.CG(rtol=1e-12, max_steps=1))
+    oracle = quadratic(condition=100.0)
+
+    def value(theta):
+        x = optx.minimise(
+            lambda x, theta: oracle.problem.inner(x, theta),
+            optx.BFGS(**TIGHT),
+            oracle.x0,
+            args=theta,
+            adjoint=rule,
+        ).value
+        return oracle.problem.outer_value(x, theta)[0]
+
+    with pytest.raises(RuntimeError, match="adjoint system was not solved"):
+        jax.block_until_ready(jax.grad(value)(oracle.theta))
