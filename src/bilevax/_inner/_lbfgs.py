@@ -104,9 +104,7 @@ class LBFGS(optx.AbstractMinimiser):
         direction = history.direction(grad)
         slope = tree_dot(grad, direction)
         uphill = ~(slope < 0)
-        direction = jtu.tree_map(
-            lambda p, g: jnp.where(uphill, -length * g, p), direction, grad
-        )
+        direction = jtu.tree_map(lambda p, g: jnp.where(uphill, -length * g, p), direction, grad)
         slope = jnp.where(uphill, -length * residual**2, slope)
 
         # 5. the next candidate
@@ -208,13 +206,21 @@ class _History(eqx.Module):
         dtype = tree_dtype(y)
         rows = jtu.tree_map(lambda x: jnp.zeros((m, *x.shape), x.dtype), y)
         square = jnp.zeros((m, m), dtype)
-        return cls(rows, rows, square, square, jnp.zeros(m, dtype), jnp.ones((), dtype), jnp.array(0, jnp.int32))
+        return cls(
+            rows,
+            rows,
+            square,
+            square,
+            jnp.zeros(m, dtype),
+            jnp.ones((), dtype),
+            jnp.array(0, jnp.int32),
+        )
 
     def add(self, step, change, is_new):
         curvature, change_sq = tree_dot(step, change), tree_dot(change, change)
         step_sq = tree_dot(step, step)
         eps = jnp.finfo(curvature.dtype).eps
-        is_new = is_new & (curvature > eps * jnp.sqrt(change_sq * step_sq)) 
+        is_new = is_new & (curvature > eps * jnp.sqrt(change_sq * step_sq))
         safe = jnp.where(is_new, curvature, 1)
         k = self.index
         row = jnp.arange(self.diagonal.size) == k
@@ -235,19 +241,27 @@ class _History(eqx.Module):
         length = curvature / jnp.where(is_new, change_sq, 1)
         pick = lambda a, b: jnp.where(is_new, a, b)
         return _History(
-            steps, changes, pick(inverse, self.inverse), pick(gram, self.gram),
-            pick(diagonal, self.diagonal), pick(length, self.length),
-            jnp.where(is_new, (k + 1) % self.diagonal.size, k))
+            steps,
+            changes,
+            pick(inverse, self.inverse),
+            pick(gram, self.gram),
+            pick(diagonal, self.diagonal),
+            pick(length, self.length),
+            jnp.where(is_new, (k + 1) % self.diagonal.size, k),
+        )
 
     def direction(self, gradient):
         u = self.inverse @ _rows_dot(self.steps, gradient)
         w = self.diagonal * u + self.length * (self.gram @ u - _rows_dot(self.changes, gradient))
         w = w @ self.inverse
         return jtu.tree_map(
-            lambda g, s, y: -self.length * g
-            - jnp.tensordot(w, s, 1)
-            + self.length * jnp.tensordot(u, y, 1),
-            gradient, self.steps, self.changes)
+            lambda g, s, y: (
+                -self.length * g - jnp.tensordot(w, s, 1) + self.length * jnp.tensordot(u, y, 1)
+            ),
+            gradient,
+            self.steps,
+            self.changes,
+        )
 
 
 def _rows_dot(rows, x):

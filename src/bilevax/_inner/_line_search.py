@@ -42,4 +42,3 @@ def is_lost(f: Scalar, slope: Scalar, full_slope: Scalar) -> Bool[Array, ""]:
     """
     flat = -full_slope <= rounding(f)
     return slope >= jnp.where(flat, 0.05, 1e-10) * full_slope
-
