@@ -1,11 +1,9 @@
 """The documentation: Sphinx, MyST-NB for pages, sphinx-gallery for examples. Builds offline."""
 
-import os
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
-os.environ.setdefault("MPLBACKEND", "Agg")
 sys.path.insert(0, str(Path(__file__).parent))
 
 project = "bilevax"
@@ -17,11 +15,12 @@ extensions = ["myst_nb", "sphinx_gallery.gen_gallery", "api_directive"]
 exclude_patterns = ["_build", "**.ipynb_checkpoints", "auto_examples/**.py", "auto_examples/**.md5"]
 nitpicky = True  # a reference to a name that does not exist is an error
 
-# Pages. Code cells are executed at each build, and an exception fails it.
+# Pages. Code cells are executed at each build. An exception in one is a warning with its
+# traceback, and so fails the build.
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "amsmath", "attrs_inline"]
 myst_heading_anchors = 3
 nb_execution_mode = "force"
-nb_execution_raise_on_error = True
+nb_execution_show_tb = True
 nb_execution_timeout = 300
 nb_merge_streams = True
 
