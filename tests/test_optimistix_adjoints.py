@@ -32,6 +32,8 @@ def check(oracle, solve, bound):
 )
 def test_minimise(name, solver):
     rule, bound = RULES[name]
+    if name == "Truncated" and isinstance(solver, optx.BFGS):
+        pytest.skip("refused: its last steps are rejected trials")
     oracle = quadratic(condition=5.0)
 
     def solve(theta):
@@ -102,7 +104,7 @@ def test_fixed_point(name):
     check(oracle, solve, bound)
 
 
-@pytest.mark.parametrize("name", ["Implicit", "Unrolled", "Truncated"])
+@pytest.mark.parametrize("name", ["Implicit", "Unrolled"])
 def test_least_squares(name):
     rule, bound = RULES[name]
     features = jnp.cos(jnp.arange(12.0)).reshape(6, 2)

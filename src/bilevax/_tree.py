@@ -162,12 +162,18 @@ def closure_to_pytree(fn: Any) -> Any:
 
     Then a new optimiser of the same kind, with another learning rate, compiles nothing.
     The arrays are weakly typed, as the Python numbers were, so that they do not promote
-    float32 parameters.
+    float32 parameters. To be called under `standard_promotion`.
     """
-    return jtu.tree_map(
-        lambda leaf: jnp.asarray(leaf) if isinstance(leaf, float) else leaf,
-        eqxi.closure_to_pytree(fn),
-    )
+    try:
+        fn = eqxi.closure_to_pytree(fn)
+    except ValueError:  # a function that closes over itself: optax.exponential_decay has one
+        return fn
+    return jtu.tree_map(lambda a: jnp.asarray(a) if isinstance(a, float) else a, fn)
+
+
+def standard_promotion() -> Any:
+    """For calls of Optax, which mixes its numbers, here arrays, with integer counts."""
+    return jax.numpy_dtype_promotion("standard")
 
 
 def stop_gradient(tree: PyTree) -> PyTree:

@@ -10,7 +10,7 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, run
-from .._inner._optimistix import check_positive
+from .._inner._optimistix import Optimistix, check_positive
 from .._problem import AbstractCondition, Bilevel, start_at
 from .._results import RESULTS
 from .._tree import checkpointed_while_loop, lax_while_loop, stop_gradient, tree_all_finite, tree_norm
@@ -141,7 +141,9 @@ class Truncated(AbstractHypergradient):
     - `checkpoints`: as in `Unrolled`.
 
     What is differentiated: theta where it enters the last K steps; a dependence of `x0`
-    on theta is ignored.
+    on theta is ignored. Optimistix solvers with a line search or a trust region are
+    refused: near the solution their last steps are rejected trials, on which theta has no
+    influence.
 
     **Cost:** N steps forward (a solver that stops by itself runs twice, the first time to
     learn N), K recomputed, K back. Memory of `2 sqrt(K)` carries.
@@ -200,6 +202,7 @@ class Truncated(AbstractHypergradient):
         self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
     ) -> PyTree[Array]:
         del rewrite_fn, tags
+        _check_every_step_moves(inputs[1])
         # 1. All steps as constants, remembering where the last K begin. `primal_fn` is a
         # loop over steps that hands its `while_loop` everything but the inputs.
         last_steps: list[PyTree] = []
@@ -248,6 +251,8 @@ class Truncated(AbstractHypergradient):
     ) -> tuple[PyTree, PyTree, Array, Array]:
         if solver.is_fixed_length and solver.max_steps <= self.num_steps:
             return Unrolled(None, self.checkpoints)._unroll(condition, solver, x0, theta, state)
+        if isinstance(solver, Optimistix):
+            _check_every_step_moves(solver.solver)
         fixed_condition, fixed_theta = stop_gradient((condition, theta))
         x0 = stop_gradient(start_at(x0, theta))
         start = solver.start(fixed_condition, x0, fixed_theta, stop_gradient(state))
@@ -338,6 +343,18 @@ def _check_stepping(rule: AbstractHypergradient, inner_solver: AbstractInnerSolv
             f"`{type(rule).__name__}` differentiates the steps of the inner solver, and "
             f"{type(inner_solver).__name__} has none that JAX can see. Use bx.Implicit(), or an "
             "inner solver such as bx.Descent(optimizer, num_steps=...)."
+        )
+
+
+def _check_every_step_moves(solver: optx.AbstractIterativeSolver) -> None:
+    inner = getattr(solver, "solver", solver)  # BestSoFarMinimiser and its siblings
+    search = getattr(inner, "search", None)
+    if not (search is None or isinstance(search, optx.LearningRate)):
+        raise TypeError(
+            f"`Truncated` differentiates the last steps, and those of {type(inner).__name__} may "
+            "be rejected trials of its search, which do not depend on theta. Use bx.Implicit() "
+            "or bx.Unrolled(), or a solver without search such as bx.Descent(optax.adam(...), "
+            "num_steps=...)."
         )
 
 

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from .._problem import AbstractCondition, objective
-from .._tree import closure_to_pytree, default_rtol, strong, tree_norm
+from .._tree import closure_to_pytree, default_rtol, standard_promotion, strong, tree_norm
 from ._base import (
     AbstractSteppingSolver,
     Counts,
@@ -89,7 +89,7 @@ class Descent(AbstractSteppingSolver):
 
     def init(self, condition: AbstractCondition, x0: PyTree, theta: PyTree) -> PyTree:
         del condition
-        return strong(self._optimizer(theta).init(x0)) if self.carry_state else None
+        return self._initial(x0, theta) if self.carry_state else None
 
     def start(
         self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: PyTree
@@ -100,7 +100,7 @@ class Descent(AbstractSteppingSolver):
                 f"{type(condition).__name__}. Use optx.Newton(...) for a root or "
                 "optx.FixedPointIteration(...) for a fixed point."
             )
-        optimizer_state = state if self.carry_state else strong(self._optimizer(theta).init(x0))
+        optimizer_state = state if self.carry_state else self._initial(x0, theta)
         if not self._has_tolerance:
             return x0, optimizer_state
         residual, scale = residual_and_scale(condition, x0, x0, theta)
@@ -112,7 +112,6 @@ class Descent(AbstractSteppingSolver):
         self, condition: AbstractCondition, theta: PyTree, carry: PyTree[Array]
     ) -> PyTree[Array]:
         x, optimizer_state = carry[:2]
-        optimizer = optax.with_extra_args_support(self._optimizer(theta))
         inner = objective(condition)
         assert inner is not None
 
@@ -120,10 +119,11 @@ class Descent(AbstractSteppingSolver):
             return inner(x, theta)
 
         value, grad = jax.value_and_grad(value_fn)(x)
-        updates, new_state = optimizer.update(
-            grad, optimizer_state, x, value=value, grad=grad, value_fn=value_fn
-        )
-        new_x = optax.apply_updates(x, updates)
+        with standard_promotion():
+            updates, new_state = self._optimizer(theta).update(
+                grad, optimizer_state, x, value=value, grad=grad, value_fn=value_fn
+            )
+            new_x = optax.apply_updates(x, updates)
         if not self._has_tolerance:
             return new_x, strong(new_state)
         tolerance = carry[2]
@@ -152,6 +152,10 @@ class Descent(AbstractSteppingSolver):
     @property
     def _has_tolerance(self) -> bool:
         return self.rtol is not None or self.atol is not None
+
+    def _initial(self, x0: PyTree, theta: PyTree) -> PyTree:
+        with standard_promotion():
+            return strong(self._optimizer(theta).init(x0))
 
     def _optimizer(self, theta: PyTree) -> optax.GradientTransformationExtraArgs:
         optimizer = self.optimizer

@@ -3,6 +3,7 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
@@ -100,7 +101,7 @@ class DoubleLoop(AbstractMethod):
         return DoubleLoopState(
             theta=theta,
             point=theta,
-            aux=jtu.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), aux),
+            aux=jtu.tree_map(lambda s: jnp.zeros(s.shape, s.dtype) if _is_array(s) else s, aux),
             hypergradient=hypergradient,
             optimizer=initial_update(self.optimizer, theta),
             good_theta=theta,
@@ -199,6 +200,10 @@ def _fall_back(
         v = tree_where(keep_v, kept.v, tree_zeros_like(kept.v))
         kept = eqx.tree_at(lambda s: s.v, kept, v)
     return tree_where(go_back, middle, state.theta), kept, num_failures
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _is_optax(optimizer: Any) -> bool:

@@ -11,13 +11,14 @@ import optimistix as optx
 from jaxtyping import Array, Bool, PyTree
 
 from .._hypergradient._base import Estimate
-from .._tree import Opaque, strong, tree_dot, tree_sub
+from .._tree import Opaque, standard_promotion, strong, tree_dot, tree_sub
 
 
 def initial_update(optimizer: Any, theta: PyTree) -> PyTree:
     """The optimiser's state before the first step."""
     if isinstance(optimizer, optax.GradientTransformation):
-        return strong(optimizer.init(theta))
+        with standard_promotion():
+            return strong(optimizer.init(theta))
     struct = jax.eval_shape(lambda: tree_dot(theta, theta))
     state = optimizer.init(_no_function, theta, None, {}, struct, None, _TAGS)
     dynamic, static = eqx.partition(state, eqx.is_array)
@@ -47,9 +48,11 @@ def _optax_update(
 ) -> tuple[PyTree, PyTree, Bool[Array, ""]]:
     optimizer = optax.with_extra_args_support(optimizer)
     try:
-        updates, new_state = optimizer.update(
-            estimate.grad, state, theta, value=estimate.value, grad=estimate.grad
-        )
+        with standard_promotion():
+            updates, new_state = optimizer.update(
+                estimate.grad, state, theta, value=estimate.value, grad=estimate.grad
+            )
+            new_theta = optax.apply_updates(theta, updates)
     except TypeError as error:
         if "value_fn" not in str(error):
             raise
@@ -58,7 +61,7 @@ def _optax_update(
             "objective by itself. Use an Optimistix minimiser such as optx.BFGS(rtol, atol), "
             "or optax.lbfgs(learning_rate, linesearch=None)."
         ) from error
-    return optax.apply_updates(theta, updates), strong(new_state), jnp.array(False)
+    return new_theta, strong(new_state), jnp.array(False)
 
 
 def _optimistix_update(
