@@ -6,9 +6,10 @@ from ._base import (
     verify as verify,
 )
 from ._cg import CG as CG
+from ._gmres import GMRES as GMRES
 from ._gradient_descent import GradientDescent as GradientDescent
-from ._lineax import (
+from ._neumann import Neumann as Neumann
+from ._solve_linear import (
     default_linear_solver as default_linear_solver,
     solve_linear as solve_linear,
 )
-from ._neumann import Neumann as Neumann

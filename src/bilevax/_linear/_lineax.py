@@ -1,4 +1,4 @@
-"""One entry for every linear solver: ours, and Lineax' through a checking adapter."""
+"""Lineax' solvers behind an adapter that believes only what it measures."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Int, PyTree, Scalar
 
@@ -13,72 +14,22 @@ from .._results import RESULTS
 from .._tree import (
     default_rtol,
     tree_all_finite,
+    tree_dtype,
     tree_norm,
     tree_size,
     tree_sub,
     tree_where,
     tree_zeros_like,
 )
-from ._base import AbstractIterativeLinearSolver, LinearSolution, verify
-from ._cg import CG
-from ._gradient_descent import GradientDescent
-from ._neumann import Neumann
+from ._base import LinearSolution, verify
 
 # What takes a guess and a preconditioner. LSMR takes a guess too, but from it the answer
 # is no longer the one of smallest norm.
 _TAKES_OPTIONS = (lx.CG, lx.GMRES, lx.BiCGStab)
-_NEEDS_DEFINITE = (lx.CG, lx.Cholesky)
+NEEDS_DEFINITE = (lx.CG, lx.Cholesky)
 
 
-def solve_linear(
-    solver: lx.AbstractLinearSolver,
-    matvec: Callable[[PyTree], PyTree],
-    b: PyTree[Array],
-    v0: PyTree[Array] | None = None,
-    preconditioner: Callable[[PyTree], PyTree] | None = None,
-    is_symmetric: bool = True,
-) -> LinearSolution:
-    """Solve `A v = b` by any solver. The caller passes the outcome to `verify`.
-
-    Our solvers report their own residual. Lineax' solvers report too little to be
-    believed (a NaN in `A` gives zeros and "successful"), so the residual is measured here
-    already, at two or three products, and decides: below twice the tolerance the outcome
-    is `successful`, whatever was claimed. Their tolerance is their `rtol` and `atol`;
-    direct solvers have the default `rtol`, and failing it are `singular`. Of `lx.Normal`
-    the residual itself is judged, not the one of the normal equations.
-
-    Solvers that do not assume full rank (`lx.LSMR`, `lx.SVD`,
-    `lx.AutoLinearSolver(well_posed=False)`) return the least-squares solution of smallest
-    norm. If the system is inconsistent the residual `r` is not small, then success is
-    `||A'r|| <= 10 rtol ||A|| ||r||`, and the residual is reported, not flagged.
-
-    The number of products is exact for our solvers, an estimate for Lineax'.
-    """
-    if isinstance(solver, AbstractIterativeLinearSolver):
-        if not is_symmetric:
-            solver = _for_nonsymmetric(solver)
-        return solver.solve(matvec, b, v0, preconditioner)
-    return _solve_lineax(solver, matvec, b, v0, preconditioner, is_symmetric)
-
-
-def _for_nonsymmetric(solver: AbstractIterativeLinearSolver) -> AbstractIterativeLinearSolver:
-    if isinstance(solver, CG):
-        raise ValueError(_needs_symmetric("CG"))  # noqa: TRY004  a wrong problem, not a wrong type
-    if isinstance(solver, (GradientDescent, Neumann)) and solver.step_size is None:
-        # The largest eigenvalue says nothing about convergence here; for A = I - T' one does.
-        return eqx.tree_at(lambda s: s.step_size, solver, 1.0, is_leaf=lambda x: x is None)
-    return solver
-
-
-def _needs_symmetric(name: str) -> str:
-    return (
-        f"{name} needs a symmetric positive definite system, but the derivative of a Root or "
-        "FixedPoint condition is not symmetric. Use lx.GMRES(rtol=..., atol=...), "
-        "lx.BiCGStab(...) or, with few variables, lx.LU()."
-    )
-
-
-def _solve_lineax(
+def solve_by_lineax(
     solver: lx.AbstractLinearSolver,
     matvec: Callable[[PyTree], PyTree],
     b: PyTree[Array],
@@ -86,13 +37,57 @@ def _solve_lineax(
     preconditioner: Callable[[PyTree], PyTree] | None,
     is_symmetric: bool,
 ) -> LinearSolution:
-    if isinstance(solver, _NEEDS_DEFINITE) and not is_symmetric:
-        raise ValueError(_needs_symmetric(f"lx.{type(solver).__name__}"))
+    """Solve by a Lineax solver, and measure the residual. See `solve_linear`."""
+    found = _call(solver, matvec, b, v0, preconditioner, is_symmetric)
+    # A failed factorisation gives infinities; whether A is finite, A b says.
+    is_finite = tree_all_finite(found.value)
+    value = tree_where(is_finite, found.value, tree_zeros_like(b))
+    product, probe = matvec(value), matvec(b)
+    tolerance = _tolerance(solver, b)
+    num_steps = jnp.asarray(found.stats.get("num_steps", 0), jnp.int32)
+    num_products = _num_products(solver, num_steps, tree_size(b)) + 1
+    norm = jnp.maximum(_ratio(product, value), _ratio(probe, b))  # of A, from below
+    if isinstance(solver, lx.LSMR):
+        # Its tolerance for consistent systems is relative to ||A|| ||v|| + ||b||.
+        norm = jnp.maximum(norm, jnp.asarray(found.stats["norm_A"], norm.dtype))
+        allowed = tolerance + jnp.asarray(solver.rtol, norm.dtype) * norm * _ratio(value, b)
+    else:
+        allowed = tolerance
+    solution = LinearSolution(
+        value, jnp.zeros_like(norm), allowed, num_steps, num_products, RESULTS.successful
+    )
+    solution = verify(solution, b, product)
+    if not solver.assume_full_rank():
+        transposed = matvec if is_symmetric else _transpose(matvec, b)
+        residual = tree_sub(b, product)
+        angle = _ratio(transposed(residual), residual) / _positive(norm)
+        # A factor of ten because the norm of A is an underestimate.
+        solution = _allow(solution, is_finite & (angle <= 10 * tolerance))
+    result = RESULTS.where(
+        solution.result == RESULTS.stalled, _failure(solver, found.result), solution.result
+    )
+    result = RESULTS.where(tree_all_finite(probe), result, RESULTS.nonfinite)
+    return eqx.tree_at(lambda s: s.result, solution, result)
+
+
+def _call(
+    solver: lx.AbstractLinearSolver,
+    matvec: Callable[[PyTree], PyTree],
+    b: PyTree[Array],
+    v0: PyTree[Array] | None,
+    preconditioner: Callable[[PyTree], PyTree] | None,
+    is_symmetric: bool,
+) -> lx.Solution:
+    dtype = tree_dtype(b)
+    if isinstance(solver, lx.LSMR) and jnp.zeros(()).dtype != dtype:
+        # LSMR of Lineax 0.1.1 raises in float32 where float64 is enabled: lax.select with
+        # a Python float. Its vectors are then float64, the products stay as they are.
+        matvec, b = _cast(matvec, dtype), _astype(b, jnp.zeros(()).dtype)
     structure = jax.eval_shape(lambda: b)
     tags = [lx.symmetric_tag] if is_symmetric else []
-    # Told of other solvers, AutoLinearSolver would choose Cholesky, which fails if x is
-    # not a minimum; it then chooses LU.
-    if isinstance(solver, _NEEDS_DEFINITE):
+    # Not told to the others: AutoLinearSolver would choose Cholesky, which fails where x is
+    # not a minimum; so it chooses LU.
+    if isinstance(solver, NEEDS_DEFINITE):
         tags.append(lx.positive_semidefinite_tag)
     options: dict[str, Any] = {}
     if isinstance(solver, _TAKES_OPTIONS):
@@ -103,56 +98,34 @@ def _solve_lineax(
                 preconditioner, structure, lx.positive_semidefinite_tag if is_symmetric else ()
             )
     operator = lx.FunctionLinearOperator(matvec, structure, frozenset(tags))
-    # lx.LSMR mixes dtypes in float32.
-    with jax.numpy_dtype_promotion("standard"):
-        found = lx.linear_solve(operator, b, solver, options=options, throw=False)
-    # A failed factorisation gives infinities; whether A is finite, A b says.
-    is_finite = tree_all_finite(found.value)
-    value = tree_where(is_finite, found.value, tree_zeros_like(b))
-    product, probe = matvec(value), matvec(b)
-    num_steps = jnp.asarray(found.stats.get("num_steps", 0), jnp.int32)
-    num_products = _num_products(solver, num_steps, tree_size(b)) + 1
-    solution = LinearSolution(
-        value, jnp.zeros(()), _tolerance(solver, b), num_steps, num_products, RESULTS.successful
-    )
-    solution = verify(solution, b, product)
-    if not solver.assume_full_rank():
-        transposed = matvec if is_symmetric else _transpose(matvec, b)
-        norm = jnp.asarray(found.stats.get("norm_A", 0.0), solution.residual.dtype)
-        norm = jnp.maximum(norm, jnp.maximum(_ratio(product, value), _ratio(probe, b)))
-        solution = _least_squares(solution, tree_sub(b, product), transposed, norm)
-    result = RESULTS.where(
-        solution.result == RESULTS.stalled, _failure(solver, found.result), solution.result
-    )
-    result = RESULTS.where(tree_all_finite(probe), result, RESULTS.nonfinite)
-    return eqx.tree_at(lambda s: s.result, solution, result)
+    found = lx.linear_solve(operator, b, solver, options=options, throw=False)
+    return eqx.tree_at(lambda s: s.value, found, _astype(found.value, dtype))
 
 
-def _least_squares(
-    solution: LinearSolution, residual: PyTree[Array], transposed: Callable, norm: Scalar
-) -> LinearSolution:
-    """`solution`, successful also where its large residual is orthogonal to the range.
+def _cast(matvec: Callable, dtype: Any) -> Callable:
+    return lambda v: _astype(matvec(_astype(v, dtype)), jnp.zeros(()).dtype)
 
-    `norm` is an estimate of `||A||`, from below; hence the factor 10.
-    """
-    angle = _ratio(transposed(residual), residual) / _positive(norm)
-    is_least = (solution.result == RESULTS.stalled) & (angle <= 10 * solution.tolerance)
+
+def _astype(a: PyTree[Array], dtype: Any) -> PyTree[Array]:
+    return jtu.tree_map(lambda x: x.astype(dtype), a)
+
+
+def _allow(solution: LinearSolution, is_orthogonal: Array) -> LinearSolution:
+    """Accept a large residual that is orthogonal to the range: least squares."""
+    is_least_squares = (solution.result == RESULTS.stalled) & is_orthogonal
+    result = RESULTS.where(is_least_squares, RESULTS.successful, solution.result)
+    tolerance = jnp.where(is_least_squares, jnp.inf, solution.tolerance)
     return eqx.tree_at(
         lambda s: (s.result, s.tolerance, s.num_products),
         solution,
-        (
-            RESULTS.where(is_least, RESULTS.successful, solution.result),
-            jnp.where(is_least, jnp.inf, solution.tolerance),
-            solution.num_products + 1,
-        ),
+        (result, tolerance, solution.num_products + 1),
     )
 
 
 def _failure(solver: lx.AbstractLinearSolver, claim: Any) -> RESULTS:
     """Our name for why the residual is too large, from what Lineax claims."""
-    # A direct solver has no tolerance that could be missed by rounding alone.
-    is_iterative = hasattr(solver, "max_steps") or isinstance(solver, lx.Normal)
-    out = RESULTS.stalled if is_iterative else RESULTS.singular
+    # A direct solver has no tolerance that rounding alone could miss.
+    out = RESULTS.stalled if _is_iterative(solver) else RESULTS.singular
     for theirs, ours in (
         (lx.RESULTS.max_steps_reached, RESULTS.adjoint_not_converged),
         (lx.RESULTS.breakdown, RESULTS.adjoint_not_converged),
@@ -163,26 +136,27 @@ def _failure(solver: lx.AbstractLinearSolver, claim: Any) -> RESULTS:
     return out
 
 
+def _is_iterative(solver: Any) -> bool:
+    return hasattr(getattr(solver, "inner_solver", solver), "max_steps")
+
+
 def _tolerance(solver: Any, b: PyTree[Array]) -> Scalar:
     """The relative residual that `solver` was asked for, or the default."""
     solver = getattr(solver, "inner_solver", solver)
     norm_b = tree_norm(b)
     rtol, atol = getattr(solver, "rtol", default_rtol(b)), getattr(solver, "atol", 0.0)
     # Lineax' atol is per entry.
-    atol = atol * tree_size(b) ** 0.5 / _positive(norm_b)
-    return jnp.asarray(rtol + atol, norm_b.dtype)
+    per_entry = tree_size(b) ** 0.5 / _positive(norm_b)
+    return jnp.asarray(rtol, norm_b.dtype) + jnp.asarray(atol, norm_b.dtype) * per_entry
 
 
 def _num_products(solver: Any, num_steps: Int[Array, ""], size: int) -> Int[Array, ""]:
+    """An estimate."""
+    if not _is_iterative(solver):
+        return jnp.asarray(size, jnp.int32)  # the matrix, column by column
     if isinstance(solver, lx.GMRES):  # counts restarts
         return num_steps * (solver.restart + 1)
-    if isinstance(getattr(solver, "inner_solver", solver), (lx.BiCGStab, lx.LSMR)):
-        return 2 * num_steps
-    if isinstance(solver, lx.Normal) and hasattr(solver.inner_solver, "max_steps"):
-        return 2 * num_steps
-    if isinstance(solver, lx.CG):
-        return num_steps
-    return jnp.asarray(size, jnp.int32)  # the matrix, column by column
+    return num_steps if isinstance(solver, lx.CG) else 2 * num_steps
 
 
 def _transpose(matvec: Callable, b: PyTree[Array]) -> Callable:
@@ -196,11 +170,3 @@ def _ratio(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
 
 def _positive(x: Scalar) -> Scalar:
     return jnp.where(x > 0, x, 1)
-
-
-def default_linear_solver(is_symmetric: bool) -> lx.AbstractLinearSolver:
-    """`CG()` for symmetric systems, otherwise `lx.GMRES`."""
-    if is_symmetric:
-        return CG()
-    rtol = 1e-6 if jnp.zeros(()).dtype == jnp.float64 else 1e-4
-    return lx.GMRES(rtol=rtol, atol=0.0, restart=20)

@@ -1,0 +1,67 @@
+"""One entry for every linear solver, ours and Lineax'."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import lineax as lx
+from jaxtyping import Array, PyTree
+
+from ._base import AbstractIterativeLinearSolver, LinearSolution
+from ._cg import CG
+from ._gmres import GMRES
+from ._gradient_descent import GradientDescent
+from ._lineax import NEEDS_DEFINITE, solve_by_lineax
+from ._neumann import Neumann
+
+
+def solve_linear(
+    solver: lx.AbstractLinearSolver,
+    matvec: Callable[[PyTree], PyTree],
+    b: PyTree[Array],
+    v0: PyTree[Array] | None = None,
+    preconditioner: Callable[[PyTree], PyTree] | None = None,
+    is_symmetric: bool = True,
+) -> LinearSolution:
+    """Solve `A v = b` by any solver. The caller passes the outcome to `verify`.
+
+    Our solvers report their own residual. Lineax' solvers report too little to be
+    believed (a NaN in `A` gives zeros and "successful"), so theirs is measured here
+    already, at two or three products, and decides: below twice the tolerance the outcome
+    is `successful`, whatever was claimed. Their tolerance is their `rtol` and `atol`;
+    direct solvers have the default `rtol`, and failing it are `singular`. Of `lx.Normal`
+    the residual itself is judged, not the one of the normal equations.
+
+    Solvers that do not assume full rank (`lx.LSMR`, `lx.SVD`,
+    `lx.AutoLinearSolver(well_posed=False)`) return the least-squares solution of smallest
+    norm. If the system is inconsistent the residual `r` is not small; then success is
+    `||A'r|| <= 10 rtol ||A|| ||r||`, and the residual is reported, not flagged.
+
+    A guess and a preconditioner go to the solvers that take them (ours; `lx.CG`,
+    `lx.GMRES`, `lx.BiCGStab`). The number of products is exact for our solvers, an
+    estimate for Lineax'.
+    """
+    if not is_symmetric:
+        solver = _for_nonsymmetric(solver)
+    if isinstance(solver, AbstractIterativeLinearSolver):
+        return solver.solve(matvec, b, v0, preconditioner)
+    return solve_by_lineax(solver, matvec, b, v0, preconditioner, is_symmetric)
+
+
+def default_linear_solver(is_symmetric: bool) -> lx.AbstractLinearSolver:
+    """`CG()` for symmetric systems, otherwise `GMRES()`."""
+    return CG() if is_symmetric else GMRES()
+
+
+def _for_nonsymmetric(solver: lx.AbstractLinearSolver) -> lx.AbstractLinearSolver:
+    needs_symmetric = isinstance(solver, (CG, *NEEDS_DEFINITE))
+    if needs_symmetric:
+        prefix = "" if isinstance(solver, CG) else "lx."
+        raise ValueError(
+            f"{prefix}{type(solver).__name__} needs a symmetric positive definite system, but "
+            "the derivative of a Root or FixedPoint condition is not symmetric. Use GMRES(), "
+            "lx.BiCGStab(...) or, with few variables, lx.LU()."
+        )
+    if isinstance(solver, (GradientDescent, Neumann)) and solver.step_size is None:
+        # The largest eigenvalue says nothing about convergence here; for A = I - T' one does.
+        return eqx.tree_at(lambda s: s.step_size, solver, 1.0, is_leaf=lambda x: x is None)
+    return solver
