@@ -1,4 +1,4 @@
-"""Limited-memory BFGS, stopping on the gradient."""
+"""Limited-memory BFGS that stops on the gradient."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,277 +8,232 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
+from .._linear._common import check_count, check_tolerance
 from .._tree import (
-    default_rtol,
     tree_axpy,
     tree_dot,
     tree_dtype,
     tree_larger,
-    tree_norm,
+    tree_scale,
     tree_sub,
     tree_where,
     tree_zeros_like,
 )
+from ._lbfgs_history import History, empty_history
 from ._line_search import is_decrease, is_level, is_lost, rounding, shrink
+from ._measured import AbstractMeasuredMinimiser, AbstractMeasuredState, empty_aux, outcome, size
 
-# So many steps without a smaller gradient, where the objective no longer changes, is the
-# precision floor: on the way down the gradient of L-BFGS rises for a few steps at a time.
+# So many steps without a smaller gradient, where the objective no longer changes, are the
+# precision floor: on its way down the gradient of L-BFGS rises for a few steps at a time.
 _PATIENCE = 30
 
 
-class LBFGS(optx.AbstractMinimiser):
-    """Limited-memory BFGS."""
+class LBFGS(AbstractMeasuredMinimiser):
+    """Limited-memory BFGS, for smooth inner problems whose Hessian products are dear.
+
+    `y <- y - t B g`, `g` the gradient and `B` the inverse Hessian of the last pairs of
+    steps and changes of the gradient. Stops when
+
+        ||g|| <= atol + rtol ||H z||,    z entrywise the larger of y and the start,
+
+    in two-norms, `H` the Hessian, measured at the `y` that is returned. On
+    `1/2 y'Ay - c'y` the right-hand side is `atol + rtol ||c||`; it means the same for
+    cold and warm starts.
+
+    **Arguments:**
+
+    - `rtol`, `atol`: tolerances; `rtol=None` is 1e-6 in float64 and 1e-4 below.
+    - `history_length`: the number of pairs kept.
+
+    **Returns** (from `optx.minimise`): `stats` holds `residual` and `tolerance`, the two
+    sides of the stopping rule, `num_gradients` and `num_hessian_products`. Outcomes:
+    `stagnation` (rounding errors are larger than the tolerance) and `nonfinite`.
+
+    **Cost:** one gradient per evaluation; Hessian products only at the start and where
+    the stopping rule may hold, usually two or three in all. Memory: `2 history_length`
+    vectors. The first step evaluates the start: `K` steps are at most `K - 1` updates.
+
+    **Exact when** the objective is smooth; linear convergence near a strict minimum.
+    Non-convex objectives are descended; pairs of non-positive curvature are dropped.
+
+    !!! example
+
+        ```python
+        optx.minimise(fn, bx.LBFGS(rtol=1e-8), y0, args)
+        ```
+
+    Reference: Liu and Nocedal, "On the limited memory BFGS method for large scale
+    optimization", Math. Programming 45 (1989), algorithm 2.1; the line search accepts by
+    slope near the floor: Hager and Zhang, SIAM J. Optim. 16 (2005), equation (4.1).
+    """
 
     rtol: float | None = None
     atol: float = 0.0
     history_length: int = 10
 
     def __check_init__(self) -> None:
-        if self.history_length < 1:
-            raise ValueError(
-                f"`LBFGS(history_length=...)` must be at least 1; got {self.history_length}."
-            )
+        check_tolerance("LBFGS", rtol=self.rtol, atol=self.atol)
+        check_count("LBFGS", history_length=self.history_length)
 
-    @property
-    def norm(self) -> Callable[[PyTree], Scalar]:
-        return tree_norm
-
-    def init(self, fn, y, args, options, f_struct, aux_struct, tags):
+    def init(
+        self,
+        fn: Callable,
+        y: PyTree[Array],
+        args: PyTree,
+        options: dict[str, Any],
+        f_struct: Any,
+        aux_struct: Any,
+        tags: frozenset[object],
+    ) -> "_State":
+        del fn, args, options, f_struct, tags
+        one, count = jnp.ones((), tree_dtype(y)), jnp.zeros((), jnp.int32)
         return _State(
             y_eval=y,
             y0=y,
-            aux=jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), aux_struct),
             gradient=tree_zeros_like(y),
-            history=_History.empty(y, self.history_length),
-            search=_Search.empty(tree_dtype(y)),
-            num_gradients=jnp.array(0, jnp.int32),
-            num_hessian_products=jnp.array(0, jnp.int32),
-            is_done=jnp.array(False),
+            history=empty_history(y, self.history_length),
+            aux=empty_aux(aux_struct),
+            f=one,
+            residual=one,
+            tolerance=one,
+            slope=-one,
+            full_slope=-one,
+            best=jnp.inf * one,
+            num_idle=count,
+            num_gradients=count,
+            num_hessian_products=count,
+            is_done=jnp.zeros((), bool),
             result=optx.RESULTS.successful,
         )
 
-    def step(self, fn, y, args, options, state, tags):
-        rtol = default_rtol(y) if self.rtol is None else self.rtol
-        s, is_first = state.search, state.num_gradients == 0
-        # 1. the objective and its gradient at the candidate
-        evaluate = jax.value_and_grad(lambda y: fn(y, args), has_aux=True)
-        (f, aux), gradient = evaluate(state.y_eval)
-        f, residual = f.astype(s.f.dtype), tree_norm(jax.lax.stop_gradient(gradient))
+    def step(
+        self,
+        fn: Callable,
+        y: PyTree[Array],
+        args: PyTree,
+        options: dict[str, Any],
+        state: "_State",
+        tags: frozenset[object],
+    ) -> tuple[PyTree[Array], "_State", PyTree]:
+        del options, tags
 
-        # 2. accept or reject it
+        def evaluate(y: PyTree) -> tuple[PyTree, tuple[Scalar, PyTree]]:
+            value, gradient = jax.value_and_grad(fn, has_aux=True)(y, args)
+            return gradient, value
+
+        # 1. objective and gradient at the candidate; accept or reject it
+        gradient, (f, aux) = evaluate(state.y_eval)
+        f, residual = f.astype(state.f.dtype), size(gradient)
         moved = tree_sub(state.y_eval, y)
         new_slope = tree_dot(gradient, moved)
         is_finite = jnp.isfinite(f) & jnp.isfinite(residual)
-        is_good = is_decrease(s.f, f, s.slope) | (is_level(s.f, f) & (new_slope <= -0.9 * s.slope))
-        accept = is_finite & (is_first | is_good)
-        factor = shrink(s.slope, new_slope)
-        new_y = tree_where(accept, state.y_eval, y)
-        best = jnp.minimum(residual, s.best)
-        idle = accept & (residual >= s.best) & (-s.slope <= rounding(s.f))
-        num_idle = jnp.where(idle, s.num_idle + 1, jnp.where(accept, 0, s.num_idle))
-        stuck = (num_idle >= _PATIENCE) | (~accept & is_lost(s.f, factor * s.slope, s.full_slope))
-        stuck = stuck | (is_first & ~is_finite)
+        accept = is_finite & (state.is_first | _is_progress(state, f, new_slope))
+        factor = shrink(state.slope, new_slope)
+        num_idle = _num_idle(state, accept, residual)
+        is_lost_now = is_lost(state.f, factor * state.slope, state.full_slope)
+        is_over = (~accept & (state.is_first | is_lost_now)) | (num_idle >= _PATIENCE)
+        history = state.history.add(moved, tree_sub(gradient, state.gradient), accept)
 
-        # 3. converged? The scale costs a Hessian product: only where it may matter
-        now = jnp.where(accept, residual, s.residual)
-        near = accept & (now <= self.atol + rtol * s.scale)
-        measured = is_first | near | stuck
+        # 2. converged? the scale costs a Hessian product: only where it may matter
+        new_y, gradient, aux, f, residual = tree_where(
+            accept | state.is_first,
+            (state.y_eval, gradient, aux, f, residual),
+            (y, state.gradient, state.aux, state.f, state.residual),
+        )
         z = tree_larger(new_y, state.y0)
+        is_measured = state.is_first | is_over | (accept & (residual <= state.tolerance))
         product = jax.lax.cond(
-            measured,
-            lambda: jax.jvp(lambda y: evaluate(y)[1], (new_y,), (z,))[1],
+            is_measured,
+            lambda: jax.jvp(lambda y: evaluate(y)[0], (new_y,), (z,))[1],
             lambda: tree_zeros_like(z),
         )
-        scale = jnp.where(measured, tree_norm(product), s.scale)
-        is_done = (accept | stuck) & measured & (now <= self.atol + rtol * scale)
+        scale = optx.two_norm(product)
+        tolerance = jnp.where(is_measured, self.tolerance(y, scale), state.tolerance)
+        is_done = is_measured & jnp.isfinite(residual) & (residual <= tolerance)
 
-        # 4. the next direction
-        change = tree_sub(gradient, state.gradient)
-        history = state.history.add(moved, change, accept & ~is_first)
-        guess = _first_length(tree_norm(z), scale, residual)
-        length = jnp.where(is_first, guess, history.length)
+        # 3. the next candidate
+        first_length = _first_length(optx.two_norm(z), scale, optx.two_norm(gradient))
+        length = jnp.where(state.is_first, first_length, history.length)
         history = eqx.tree_at(lambda h: h.length, history, length)
-        grad = tree_where(accept, gradient, state.gradient)
-        direction = history.direction(grad)
-        slope = tree_dot(grad, direction)
-        uphill = ~(slope < 0)
-        direction = jtu.tree_map(lambda p, g: jnp.where(uphill, -length * g, p), direction, grad)
-        slope = jnp.where(uphill, -length * residual**2, slope)
-
-        # 5. the next candidate
-        y_eval = tree_where(
-            accept,
-            jtu.tree_map(lambda a, p: jnp.where(is_done, a, a + p), state.y_eval, direction),
-            tree_axpy(factor, moved, y),
-        )
-        failure = optx.RESULTS.where(is_finite, optx.RESULTS.stagnation, optx.RESULTS.nonfinite)
-        result = optx.RESULTS.where(stuck & ~is_done, failure, optx.RESULTS.successful)
-
-        def new(a, b):
-            return jnp.where(accept, a, b)
-
-        search = _Search(
-            f=new(f, s.f),
-            residual=now,
-            scale=jnp.where(is_first, scale + residual, scale),
-            slope=new(slope, factor * s.slope),
-            full_slope=new(slope, s.full_slope),
-            best=new(best, s.best),
-            num_idle=num_idle,
-        )
-        state = _State(
-            y_eval=y_eval,
+        direction, slope = _descent(history, gradient, is_done)
+        ahead = jtu.tree_map(jnp.add, new_y, direction)
+        # H y0 - g0 is the constant of a quadratic objective: a first guess of the scale
+        guess = self.tolerance(y, jnp.where(jnp.isfinite(scale), scale, 0) + residual)
+        new_state = _State(
+            y_eval=tree_where(accept, ahead, tree_axpy(factor, moved, y)),
             y0=state.y0,
-            aux=tree_where(accept, aux, state.aux),
-            gradient=grad,
+            gradient=gradient,
             history=history,
-            search=search,
+            aux=aux,
+            f=f,
+            residual=residual,
+            tolerance=jnp.where(state.is_first & is_finite & ~is_done, guess, tolerance),
+            slope=jnp.where(accept, slope, factor * state.slope),
+            full_slope=jnp.where(accept, slope, state.full_slope),
+            best=jnp.minimum(residual, state.best),
+            num_idle=num_idle,
             num_gradients=state.num_gradients + 1,
-            num_hessian_products=state.num_hessian_products + measured,
+            num_hessian_products=state.num_hessian_products + is_measured.astype(jnp.int32),
             is_done=is_done,
-            result=result,
+            result=outcome(is_over & ~is_done, is_finite),
         )
-        return new_y, state, state.aux
-
-    def terminate(self, fn, y, args, options, state, tags):
-        return state.is_done, state.result
-
-    def postprocess(self, fn, y, aux, args, options, state, tags, result):
-        rtol = default_rtol(y) if self.rtol is None else self.rtol
-        stats = {
-            "residual": state.search.residual,
-            "tolerance": self.atol + rtol * state.search.scale,
-            "num_gradients": state.num_gradients,
-            "num_hessian_products": state.num_hessian_products,
-        }
-        return y, state.aux, stats
+        return new_y, new_state, aux
 
 
-def _first_length(norm_z, scale, residual):
-    """A first step length: the inverse curvature along z, or a step of length one."""
-    known = (norm_z > 0) & (scale > 0)
-    inverse_curvature = norm_z / jnp.where(known, scale, 1)
-    return jnp.where(known, inverse_curvature, 1 / jnp.where(residual > 0, residual, 1))
-
-
-class _Search(eqx.Module):
+class _State(AbstractMeasuredState):
+    # every evaluation: the next candidate; where the solve began
+    y_eval: PyTree[Array]
+    y0: PyTree[Array]
+    # at the last accepted iterate
+    gradient: PyTree[Array]
+    history: History
+    aux: PyTree
     f: Scalar
     residual: Scalar
-    scale: Scalar
-    slope: Scalar
-    full_slope: Scalar
-    best: Scalar
-    num_idle: Int[Array, ""]
-
-    @classmethod
-    def empty(cls, dtype):
-        inf, zero = jnp.array(jnp.inf, dtype), jnp.array(0, dtype)
-        return cls(inf, inf, zero, -inf, -inf, inf, jnp.array(0, jnp.int32))
-
-
-class _History(eqx.Module):
-    """The last pairs `s`, `y` of changes of position and gradient, in a ring.
-
-    With `S`, `Y` the pairs as rows, `R` the upper triangle (in order of age) of `S Y'`
-    and `D` its diagonal, the approximate inverse Hessian is (Byrd, Nocedal and Schnabel
-    1994, equation (3.1))
-
-        gamma I + [S' gamma Y'] [R^-T (D + gamma Y Y') R^-1,  -R^-T] [S      ]
-                                [-R^-1,                       0    ] [gamma Y]
-
-    `R^-1` itself is kept: dropping the oldest pair deletes a row and a column of it, and
-    a new one adds a column. Nothing is solved, nothing is shifted, and an empty row is
-    zero everywhere.
-    """
-
-    steps: PyTree[Array]
-    changes: PyTree[Array]
-    inverse: Array
-    gram: Array
-    diagonal: Array
-    length: Scalar
-    index: Int[Array, ""]
-
-    @classmethod
-    def empty(cls, y, m):
-        dtype = tree_dtype(y)
-        rows = jtu.tree_map(lambda x: jnp.zeros((m, *x.shape), x.dtype), y)
-        square = jnp.zeros((m, m), dtype)
-        return cls(
-            rows,
-            rows,
-            square,
-            square,
-            jnp.zeros(m, dtype),
-            jnp.ones((), dtype),
-            jnp.array(0, jnp.int32),
-        )
-
-    def add(self, step, change, is_new):
-        curvature, change_sq = tree_dot(step, change), tree_dot(change, change)
-        step_sq = tree_dot(step, step)
-        eps = jnp.finfo(curvature.dtype).eps
-        is_new = is_new & (curvature > eps * jnp.sqrt(change_sq * step_sq))
-        safe = jnp.where(is_new, curvature, 1)
-        k = self.index
-        row = jnp.arange(self.diagonal.size) == k
-
-        def put(rows, x):
-            old = jax.lax.dynamic_index_in_dim(rows, k, 0, keepdims=False)
-            return jax.lax.dynamic_update_index_in_dim(rows, jnp.where(is_new, x, old), k, 0)
-
-        steps = jtu.tree_map(put, self.steps, step)
-        changes = jtu.tree_map(put, self.changes, change)
-        without = jnp.where(row[:, None] | row[None, :], 0, self.inverse)
-        column = jnp.where(row, 1, -(without @ _rows_dot(steps, change))) / safe
-        inverse = jnp.where(row[None, :], column[:, None], without)
-        new_gram = _rows_dot(changes, change)
-        gram = jnp.where(row[None, :], new_gram[:, None], self.gram)
-        gram = jnp.where(row[:, None], new_gram[None, :], gram)
-        diagonal = jnp.where(row, curvature, self.diagonal)
-        length = curvature / jnp.where(is_new, change_sq, 1)
-        pick = lambda a, b: jnp.where(is_new, a, b)
-        return _History(
-            steps,
-            changes,
-            pick(inverse, self.inverse),
-            pick(gram, self.gram),
-            pick(diagonal, self.diagonal),
-            pick(length, self.length),
-            jnp.where(is_new, (k + 1) % self.diagonal.size, k),
-        )
-
-    def direction(self, gradient):
-        u = self.inverse @ _rows_dot(self.steps, gradient)
-        w = self.diagonal * u + self.length * (self.gram @ u - _rows_dot(self.changes, gradient))
-        w = w @ self.inverse
-        return jtu.tree_map(
-            lambda g, s, y: (
-                -self.length * g - jnp.tensordot(w, s, 1) + self.length * jnp.tensordot(u, y, 1)
-            ),
-            gradient,
-            self.steps,
-            self.changes,
-        )
-
-
-def _rows_dot(rows, x):
-    products = [
-        jnp.tensordot(a, b, b.ndim) for a, b in zip(jtu.tree_leaves(rows), jtu.tree_leaves(x))
-    ]
-    return sum(products[1:], products[0])
-
-
-class _State(eqx.Module):
-    y_eval: PyTree
-    y0: PyTree
-    aux: PyTree
-    gradient: PyTree
-    history: _History
-    search: _Search
-    num_gradients: Any
-    num_hessian_products: Any
-    is_done: Any
+    tolerance: Scalar  # an estimate until the residual is below it
+    slope: Scalar  # derivative along the step to the candidate, times its length
+    full_slope: Scalar  # the same for the whole step
+    best: Scalar  # the smallest residual
+    num_idle: Int[Array, ""]  # steps without progress
+    # reported
+    num_gradients: Int[Array, ""]
+    num_hessian_products: Int[Array, ""]
+    is_done: Bool[Array, ""]
     result: optx.RESULTS
+
+
+def _is_progress(state: _State, f: Scalar, new_slope: Scalar) -> Bool[Array, ""]:
+    """The objective falls, or it is level and the step went not far beyond the minimum.
+
+    Near a minimum the objective is lost in rounding, but its slope is not.
+    """
+    is_short = new_slope <= -0.9 * state.slope
+    return is_decrease(state.f, f, state.slope) | (is_level(state.f, f) & is_short)
+
+
+def _num_idle(state: _State, accept: Bool[Array, ""], residual: Scalar) -> Int[Array, ""]:
+    """Steps since the gradient was smallest, while the objective is lost in rounding."""
+    is_idle = (residual >= state.best) & (-state.slope <= rounding(state.f))
+    return jnp.where(accept, jnp.where(is_idle, state.num_idle + 1, 0), state.num_idle)
+
+
+def _first_length(norm_z: Scalar, scale: Scalar, residual: Scalar) -> Scalar:
+    """The first step over the gradient: the inverse curvature along z, or a unit step."""
+    is_known = (norm_z > 0) & (scale > 0)
+    unit = 1 / jnp.where(residual > 0, residual, 1)
+    return jnp.where(is_known, norm_z / jnp.where(is_known, scale, 1), unit)
+
+
+def _descent(
+    history: History, gradient: PyTree[Array], is_done: Bool[Array, ""]
+) -> tuple[PyTree[Array], Scalar]:
+    """A direction in which the objective falls, or zero, and the slope along it."""
+    direction = history.direction(gradient)
+    slope = tree_dot(gradient, direction)
+    is_down = slope < 0  # false also where it is not a number
+    steepest = tree_scale(-history.length, gradient)
+    direction = tree_where(is_down, direction, steepest)
+    direction = tree_where(is_done, tree_zeros_like(direction), direction)
+    return direction, jnp.where(is_down, slope, tree_dot(gradient, steepest))

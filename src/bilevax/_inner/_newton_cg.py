@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -12,24 +11,23 @@ from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from .._linear._common import check_count, check_tolerance
 from .._tree import (
-    default_rtol,
     tree_axpy,
     tree_dot,
     tree_dtype,
     tree_larger,
-    tree_norm,
     tree_size,
     tree_sub,
     tree_where,
 )
 from ._line_search import is_decrease, is_level, is_lost, shrink
+from ._measured import AbstractMeasuredMinimiser, AbstractMeasuredState, empty_aux, outcome, size
 from ._newton_direction import cg_direction, dense_direction
 
 # Up to this size a dense Hessian is no slower than conjugate gradients, and exact.
 _DENSE_SIZE = 32
 
 
-class NewtonCG(optx.AbstractMinimiser):
+class NewtonCG(AbstractMeasuredMinimiser):
     """Newton's method with conjugate gradients, for smooth inner problems.
 
     `y <- y + t p`, where `||H p + g|| <= eta ||g||`, `g` and `H` the gradient and the
@@ -77,11 +75,6 @@ class NewtonCG(optx.AbstractMinimiser):
         check_tolerance("NewtonCG", rtol=self.rtol, atol=self.atol)
         check_count("NewtonCG", max_cg_steps=self.max_cg_steps)
 
-    @property
-    def norm(self) -> Callable[[PyTree], Scalar]:
-        """The two-norm: what Optimistix calls the norm of a solver."""
-        return tree_norm
-
     def init(
         self,
         fn: Callable,
@@ -93,12 +86,21 @@ class NewtonCG(optx.AbstractMinimiser):
         tags: frozenset[object],
     ) -> "_State":
         del fn, args, options, f_struct, tags
-        one = jnp.ones((), tree_dtype(y))
-        count = jnp.zeros((), jnp.int32)
+        one, count = jnp.ones((), tree_dtype(y)), jnp.zeros((), jnp.int32)
         return _State(
-            *(y, y, jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), aux_struct)),
-            *(one, one, one, -one, -one, jnp.inf * one),
-            *(count, count, jnp.zeros((), bool), optx.RESULTS.successful),
+            y_eval=y,
+            y0=y,
+            aux=empty_aux(aux_struct),
+            f=one,
+            residual=one,
+            tolerance=one,
+            slope=-one,
+            full_slope=-one,
+            expected=jnp.inf * one,
+            num_gradients=count,
+            num_hessian_products=count,
+            is_done=jnp.zeros((), bool),
+            result=optx.RESULTS.successful,
         )
 
     def step(
@@ -118,10 +120,10 @@ class NewtonCG(optx.AbstractMinimiser):
 
         # 1. objective, gradient and Hessian at the candidate: the only evaluation
         gradient, product, (f, aux) = jax.linearize(evaluate, state.y_eval, has_aux=True)
-        f, residual = f.astype(state.f.dtype), _size(gradient)
+        f, residual = f.astype(state.f.dtype), size(gradient)
         curved = product(tree_larger(state.y_eval, state.y0))
-        scale = _size(curved)
-        tolerance = self.atol + self._rtol(y) * scale
+        scale = size(curved)
+        tolerance = self.tolerance(y, scale)
 
         # 2. accept or reject it
         is_finite = jnp.isfinite(f) & jnp.isfinite(residual) & jnp.isfinite(scale)
@@ -135,71 +137,43 @@ class NewtonCG(optx.AbstractMinimiser):
             found = dense_direction(product, b, is_needed)
         else:
             # what the scale will be at the next iterate if the objective is quadratic
-            next_scale = jnp.maximum(scale, _size(tree_sub(curved, gradient)))
-            target = 0.5 * (self.atol + self._rtol(y) * next_scale)
+            next_scale = jnp.maximum(scale, size(tree_sub(curved, gradient)))
+            target = 0.5 * self.tolerance(y, next_scale)
             eta = _forcing(state, residual, target, next_scale)
             found = cg_direction(product, b, eta, self.max_cg_steps)
         direction, expected, num_products = found
 
-        # 4. the next candidate
-        moved = tree_sub(state.y_eval, y)
+        # 4. the next candidate, and the outcome
+        moved, slope = tree_sub(state.y_eval, y), tree_dot(gradient, direction)
         factor = shrink(state.slope, tree_dot(gradient, moved))
-        ahead = jtu.tree_map(jnp.add, state.y_eval, direction)
-        y_eval = tree_where(accept, ahead, tree_axpy(factor, moved, y))
-        new_y = tree_where(accept, state.y_eval, y)
-        aux = tree_where(accept, aux, state.aux)
-        judged = (f, residual, tolerance, tree_dot(gradient, direction), expected)
-        scalars = _update(state, accept, factor, judged)
-
-        # 5. the outcome
         is_lost_now = is_lost(state.f, factor * state.slope, state.full_slope)
         is_over = ~accept & (state.is_first | is_lost_now)
-        why = optx.RESULTS.where(is_finite, optx.RESULTS.stagnation, optx.RESULTS.nonfinite)
-        result = optx.RESULTS.where(is_over, why, optx.RESULTS.successful)
-        num_products = state.num_hessian_products + 1 + num_products
-        counts = (state.num_gradients + 1, num_products)
-        return new_y, _State(y_eval, state.y0, aux, *scalars, *counts, is_done, result), aux
-
-    def terminate(
-        self,
-        fn: Callable,
-        y: PyTree[Array],
-        args: PyTree,
-        options: dict[str, Any],
-        state: "_State",
-        tags: frozenset[object],
-    ) -> tuple[Bool[Array, ""], optx.RESULTS]:
-        del fn, y, args, options, tags
-        return state.is_done, state.result
-
-    def postprocess(
-        self,
-        fn: Callable,
-        y: PyTree[Array],
-        aux: PyTree,
-        args: PyTree,
-        options: dict[str, Any],
-        state: "_State",
-        tags: frozenset[object],
-        result: optx.RESULTS,
-    ) -> tuple[PyTree[Array], PyTree, dict[str, Any]]:
-        del fn, aux, args, options, tags, result
-        stats = {
-            "residual": state.residual,
-            "tolerance": state.tolerance,
-            "num_gradients": state.num_gradients,
-            "num_hessian_products": state.num_hessian_products,
-        }
-        return y, state.aux, stats
-
-    def _rtol(self, y: PyTree[Array]) -> float:
-        return default_rtol(y) if self.rtol is None else self.rtol
+        ahead = jtu.tree_map(jnp.add, state.y_eval, direction)
+        kept = (state.aux, state.f, state.residual, state.tolerance)
+        new = (aux, f, residual, tolerance)
+        aux, f, residual, tolerance = tree_where(accept | state.is_first, new, kept)
+        new_state = _State(
+            y_eval=tree_where(accept, ahead, tree_axpy(factor, moved, y)),
+            y0=state.y0,
+            aux=aux,
+            f=f,
+            residual=residual,
+            tolerance=tolerance,
+            slope=jnp.where(accept, slope, factor * state.slope),
+            full_slope=jnp.where(accept, slope, state.full_slope),
+            expected=jnp.where(accept, expected, jnp.inf),
+            num_gradients=state.num_gradients + 1,
+            num_hessian_products=state.num_hessian_products + 1 + num_products,
+            is_done=is_done,
+            result=outcome(is_over, is_finite),
+        )
+        return tree_where(accept, state.y_eval, y), new_state, aux
 
     def _is_dense(self, y: PyTree[Array]) -> bool:
         return tree_size(y) <= _DENSE_SIZE if self.dense is None else self.dense
 
 
-class _State(eqx.Module):
+class _State(AbstractMeasuredState):
     # every evaluation: the next candidate; where the solve began
     y_eval: PyTree[Array]
     y0: PyTree[Array]
@@ -217,19 +191,12 @@ class _State(eqx.Module):
     is_done: Bool[Array, ""]
     result: optx.RESULTS
 
-    @property
-    def is_first(self) -> Bool[Array, ""]:
-        return self.num_gradients == 0
-
-
-def _size(a: PyTree[Array]) -> Scalar:
-    """Two-norm for decisions: not differentiated, since it has no derivative at zero."""
-    return tree_norm(jax.lax.stop_gradient(a))
-
 
 def _is_progress(state: _State, f: Scalar, residual: Scalar) -> Bool[Array, ""]:
-    """The objective falls, or it is level and the gradient falls: near a minimum, where
-    the objective is lost in rounding, Newton steps shorten the gradient."""
+    """The objective falls, or it is level and the gradient falls.
+
+    Near a minimum the objective is lost in rounding, but Newton steps shorten the gradient.
+    """
     part = state.slope / jnp.where(state.full_slope < 0, state.full_slope, -1)
     is_shorter = residual <= (1 - 0.1 * part) * state.residual
     return is_decrease(state.f, f, state.slope) | (is_level(state.f, f) & is_shorter)
@@ -249,23 +216,3 @@ def _forcing(state: _State, residual: Scalar, target: Scalar, scale: Scalar) -> 
     eta, target = jnp.where(eta < 0.1, eta, 0.1), target / residual  # 0.1 if not a number
     in_sight = jnp.where(state.is_first, 0.02, 1.0) * eta
     return jnp.minimum(jnp.where(target >= in_sight, target, eta), 0.9)
-
-
-def _update(
-    state: _State, accept: Bool[Array, ""], factor: Scalar, judged: tuple[Scalar, ...]
-) -> tuple[Scalar, ...]:
-    """The scalars of the next state: of the candidate if it was accepted."""
-    f, residual, tolerance, slope, expected = judged
-    is_new = accept | state.is_first
-
-    def pick(a: Scalar, b: Scalar) -> Scalar:
-        return jnp.where(is_new, a, b)
-
-    return (
-        pick(f, state.f),
-        pick(residual, state.residual),
-        pick(tolerance, state.tolerance),
-        pick(slope, factor * state.slope),
-        pick(slope, state.full_slope),
-        jnp.where(accept, expected, jnp.inf),
-    )
