@@ -45,7 +45,7 @@ class AbstractMeasuredMinimiser(optx.AbstractMinimiser):
     atol: eqx.AbstractVar[float]
 
     @property
-    def norm(self) -> Callable[[PyTree], Scalar]:
+    def norm(self) -> Callable[[PyTree], Scalar]:  # type: ignore[override]
         """The two-norm. Optimistix wants every solver to have a norm."""
         return tree_norm
 
@@ -112,5 +112,6 @@ def empty_aux(aux_struct: PyTree) -> PyTree:
 
 def outcome(is_over: Bool[Array, ""], is_finite: Bool[Array, ""]) -> optx.RESULTS:
     """Why a line search that is over ended without a step."""
-    why = optx.RESULTS.where(is_finite, optx.RESULTS.stagnation, optx.RESULTS.nonfinite)
-    return optx.RESULTS.where(is_over, why, optx.RESULTS.successful)
+    results: Any = optx.RESULTS  # Equinox' enumerations are beyond type checkers
+    why = results.where(is_finite, results.stagnation, results.nonfinite)
+    return results.where(is_over, why, results.successful)
