@@ -121,8 +121,7 @@ class NewtonCG(AbstractMeasuredMinimiser):
         # 1. objective, gradient and Hessian at the candidate: the only evaluation
         gradient, product, (f, aux) = jax.linearize(evaluate, state.y_eval, has_aux=True)
         f, residual = f.astype(state.f.dtype), size(gradient)
-        curved = product(tree_larger(state.y_eval, state.y0))
-        scale = size(curved)
+        scale = size(product(tree_larger(state.y_eval, state.y0)))
         tolerance = self.tolerance(y, scale)
 
         # 2. accept or reject it
@@ -136,8 +135,9 @@ class NewtonCG(AbstractMeasuredMinimiser):
         if self._is_dense(y):
             found = dense_direction(product, b, is_needed)
         else:
-            # what the scale will be at the next iterate if the objective is quadratic
-            next_scale = jnp.maximum(scale, size(tree_sub(curved, gradient)))
+            # The scale at the next iterate is about ||H z - g||, and is not zero after a
+            # start at zero. Half of the tolerance, because this is a guess.
+            next_scale = jnp.maximum(scale, residual)
             target = 0.5 * self.tolerance(y, next_scale)
             eta = _forcing(state, residual, target, next_scale)
             found = cg_direction(product, b, eta, self.max_cg_steps)
