@@ -61,9 +61,15 @@ class CG(AbstractIterativeLinearSolver):
     !!! example
 
         ```python
-        solution = bx.CG(rtol=1e-8).solve(lambda v: A @ v, b)
-        solution.value, solution.residual, solution.result
-        lx.linear_solve(operator, b, solver=bx.CG())
+        import jax.numpy as jnp
+        import lineax as lx
+        import bilevax as bx
+
+        A = jnp.array([[3.0, 1.0], [1.0, 2.0]])
+        b = jnp.array([1.0, 0.0])
+        solution = bx.CG(rtol=1e-5).solve(lambda v: A @ v, b)
+        print(solution.value, solution.residual, bx.RESULTS[solution.result])
+        lx.linear_solve(lx.MatrixLinearOperator(A), b, solver=bx.CG())
         ```
 
     Reference: Hestenes and Stiefel, "Methods of conjugate gradients for solving linear

@@ -19,10 +19,10 @@ def check_tolerance(name: str, **tolerances: float | Array | None) -> None:
             raise ValueError(f"{name}({key}=...) must not be negative; got {value}.")
 
 
-def check_count(name: str, **counts: int | None) -> None:
-    """Raise unless every count is `None` or a positive integer."""
+def check_count(name: str, *, required: bool = False, **counts: int | None) -> None:
+    """Raise unless every count is a positive integer or, if not required, `None`."""
     for key, value in counts.items():
-        if value is None:
+        if value is None and not required:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}({key}=...) must be a positive integer; got {value!r}.")

@@ -54,6 +54,11 @@ class GradientDescent(AbstractIterativeLinearSolver):
     !!! example
 
         ```python
+        import jax.numpy as jnp
+        import bilevax as bx
+
+        A = jnp.array([[3.0, 1.0], [1.0, 2.0]])
+        b = jnp.array([1.0, 0.0])
         solution = bx.GradientDescent(num_steps=100).solve(lambda v: A @ v, b)
         ```
 

@@ -98,7 +98,9 @@ def _call(
                 preconditioner, structure, lx.positive_semidefinite_tag if is_symmetric else ()
             )
     operator = lx.FunctionLinearOperator(matvec, structure, frozenset(tags))
-    found = lx.linear_solve(operator, b, solver, options=options, throw=False)
+    # Under strict promotion LSMR and the preconditioners of Lineax 0.1.1 raise.
+    with jax.numpy_dtype_promotion("standard"):
+        found = lx.linear_solve(operator, b, solver, options=options, throw=False)
     return eqx.tree_at(lambda s: s.value, found, _astype(found.value, dtype))
 
 

@@ -45,6 +45,11 @@ class Neumann(AbstractIterativeLinearSolver):
     !!! example
 
         ```python
+        import jax.numpy as jnp
+        import bilevax as bx
+
+        A = jnp.array([[3.0, 1.0], [1.0, 2.0]])
+        b = jnp.array([1.0, 0.0])
         solution = bx.Neumann(num_terms=20).solve(lambda v: A @ v, b)
         ```
 
@@ -56,9 +61,7 @@ class Neumann(AbstractIterativeLinearSolver):
     step_size: float | Scalar | None = None
 
     def __check_init__(self) -> None:
-        if self.num_terms is None:
-            raise ValueError("Neumann(num_terms=...) must be a positive integer; got None.")
-        check_count("Neumann", num_terms=self.num_terms)
+        check_count("Neumann", required=True, num_terms=self.num_terms)
         check_step_size("Neumann", self.step_size)
 
     def solve(
