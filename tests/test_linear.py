@@ -327,8 +327,8 @@ def test_in_optimistix():
 
 
 # XLA on CPU (jaxlib 0.10.2) reads uninitialised memory in a float32 Hessian-vector product
-# at a constant zero vector, for 20,000 samples and more: here A(0) is -inf, and a solver that
-# begins with b - A(0) returns zeros or NaN in silence. Ours never evaluates A(0).
+# at a constant zero vector, for 20,000 samples and more: compiled alone A(0) is -inf here, and who
+# begins with b - A(0) may get zeros or NaN in silence. Ours never evaluates A(0).
 def test_never_evaluates_at_zero():
     n, d, k = 20_000, 784, 10
     X = jax.random.uniform(jax.random.key(0), (n, d), jnp.float32)
