@@ -20,10 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.output.mkdir(parents=True, exist_ok=True)
         _run(arguments.name, arguments.output, arguments.seed, arguments.quick)
     except ImportError as error:
-        if error.name not in _EXTRAS:
+        package = (error.name or "").split(".")[0]
+        if package not in _EXTRAS:
             raise
         print(
-            f"bilevax: the demo needs {error.name}, which is not installed: "
+            f"bilevax: the demo needs {package}, which is not installed: "
             "python -m pip install 'bilevax[demo]'",
             file=sys.stderr,
         )
