@@ -30,6 +30,7 @@ from ._results import RESULTS, SolveError
 from ._tree import lean_jit
 
 _MAX_CHUNK = 64  # rows of the buffer of a chunk
+_MAX_FINAL_EVALUATIONS = 5
 _CHUNK_SECONDS = 0.05  # seldom enough to cost nothing, often enough for a person
 
 
@@ -117,7 +118,7 @@ def solve(
         stopped_by = run.loop(
             num_steps, (rtol, atol), callback, callback_every, progress, interrupt
         )
-        run.advance(num_moves=0, num_evaluations=1, tolerance=-1.0)
+        run.finish()
     solution = run.solution(stopped_by)
     _report_failures(solution, throw)
     return solution
@@ -177,7 +178,8 @@ class _Run:
                     return "interrupt"
                 if len(self.rows) == 1:
                     tolerance = atol + rtol * float(last["hypergradient_norm"][0])
-                    if last["hypergradient_norm"][0] <= tolerance:
+                    is_good = _RESULT_NAMES[int(last["result"][0])] == "successful"
+                    if is_good and last["hypergradient_norm"][0] <= tolerance:
                         return "tolerance"
                 else:  # the first chunk took compilation with it
                     chunk = int(np.clip(_CHUNK_SECONDS / max(seconds, 1e-9), 1, _MAX_CHUNK))
@@ -188,6 +190,12 @@ class _Run:
         finally:
             bar.close()
         return "num_steps"
+
+    def finish(self) -> None:
+        """Evaluate at the final theta; again, with warm starts, where that is flagged."""
+        # A tolerance that every hypergradient meets stops at the first that is not flagged.
+        num_evaluations = 1 if self.external is not None else _MAX_FINAL_EVALUATIONS
+        self.advance(num_moves=0, num_evaluations=num_evaluations, tolerance=np.inf)
 
     def advance(self, num_moves: int, num_evaluations: int, tolerance: float) -> str | None:
         """One chunk; the reason to stop, if there is one."""

@@ -121,9 +121,10 @@ def measure(
     rtol = default_rtol(x) if rtol is None else rtol
     residual, scale = residual_and_scale(condition, x, x0, theta)
     tolerance = (0.0 if atol is None else atol) + rtol * scale
-    result = RESULTS.where(
-        residual <= tolerance, RESULTS.successful, RESULTS.inner_not_converged
-    )
+    # A gradient is a difference of terms of size `scale`: this much of it is rounding.
+    floor = 100 * jnp.finfo(residual.dtype).eps * scale
+    result = RESULTS.where(residual <= floor, RESULTS.stalled, RESULTS.inner_not_converged)
+    result = RESULTS.where(residual <= tolerance, RESULTS.successful, result)
     finite = jnp.isfinite(residual) & tree_all_finite(x)
     result = RESULTS.where(finite, result, RESULTS.nonfinite)
     return InnerSolution(
