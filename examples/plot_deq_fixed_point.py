@@ -67,7 +67,8 @@ figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
 plane = [np.asarray(a).reshape(side, side) for a in (grid[:, 0], grid[:, 1], scores)]
 axes[0].contourf(*plane, levels=np.linspace(-12, 12, 25), cmap="RdBu", alpha=0.7, extend="both")
 axes[0].contour(*plane, levels=[0], colors="k")
-axes[0].scatter(*inputs.T, c=labels, cmap="RdBu", edgecolors="k", s=18)
+for label, color in ((-1, "darkred"), (1, "darkblue")):
+    axes[0].scatter(*inputs[labels == label].T, c=color, edgecolors="white", s=25)
 axes[0].set(title="scores of the equilibrium layer")
 axes[1].semilogy(solution.history.value, label="outer objective")
 axes[1].plot(solution.history.num_inner_steps, ".", label="fixed-point iterations")

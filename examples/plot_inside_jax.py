@@ -25,13 +25,13 @@ def draw(key):
     keys = jax.random.split(key, 4)
     wave = jnp.sin(0.1 * x_axis + 6 * jax.random.uniform(keys[0]))
     jumps = jax.random.uniform(keys[1], (2,), minval=8, maxval=56)
-    heights = jax.random.normal(keys[2], (2,)) + 2
+    heights = jax.random.uniform(keys[2], (2,), minval=1, maxval=3)
     clean = wave + jnp.sum(heights[:, None] * (x_axis > jumps[:, None]), axis=0)
-    return clean, clean + 0.3 * jax.random.normal(keys[3], (num_points,))
+    return clean, clean + 0.2 * jax.random.normal(keys[3], (num_points,))
 
 
-clean, noisy = jax.vmap(draw)(jax.random.split(jax.random.key(0), 64))
-test_clean, test_noisy = jax.vmap(draw)(jax.random.split(jax.random.key(1), 64))
+clean, noisy = jax.vmap(draw)(jax.random.split(jax.random.key(0), 32))
+test_clean, test_noisy = jax.vmap(draw)(jax.random.split(jax.random.key(1), 32))
 
 # %%
 # The optimization layer: a pseudo-Huber penalty on the differences, with a strength at each place.
@@ -51,11 +51,12 @@ smooth = bx.argmin(energy)  # Newton's method, implicit differentiation
 
 
 def network(weights, signal):
-    hidden = jnp.diff(signal, append=signal[-1])[None, None]
+    differences = jnp.diff(signal)
+    hidden = jnp.stack([differences, jnp.abs(differences)])[None]
     for kernel, bias in weights:
         hidden = jax.lax.conv(hidden, kernel, (1,), "SAME") + bias[:, None]
         hidden = hidden if kernel.shape[0] == 1 else jax.nn.gelu(hidden)
-    return hidden[0, 0, :-1] - 2.0
+    return hidden[0, 0] - 2.0
 
 
 def restore(weights, signal):
@@ -70,10 +71,10 @@ def loss(weights, clean, noisy):
 
 keys = jax.random.split(jax.random.key(2), 2)
 weights = [
-    (0.3 * jax.random.normal(keys[0], (8, 1, 7)), jnp.zeros(8)),
-    (0.1 * jax.random.normal(keys[1], (1, 8, 7)), jnp.zeros(1)),
+    (0.3 * jax.random.normal(keys[0], (8, 2, 5)), jnp.zeros(8)),
+    (0.1 * jax.random.normal(keys[1], (1, 8, 5)), jnp.zeros(1)),
 ]
-optimizer = optax.adam(0.02)
+optimizer = optax.adam(0.03)
 
 
 @jax.jit
@@ -90,7 +91,7 @@ def constant(strength):
 
 
 state, history = optimizer.init(weights), []
-for _ in range(120):
+for _ in range(150):
     weights, state, value = step(weights, state)
     history.append(value)
 
