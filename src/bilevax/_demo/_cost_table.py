@@ -168,7 +168,8 @@ def _row(
 
 HEADER = ("rule", "start", "error", "seconds", "MB", "grad", "Hessian", "cross")
 READING = (
-    "error    relative, against an implicit hypergradient solved to 1e-11 at both levels",
+    "error    relative to an implicit hypergradient with both systems solved to 1e-11,",
+    "         which gets small: so errors grow on the way to the best theta",
     "seconds  median; all rules take turns, compilation left out",
     "MB       working memory of the compiled program; that of unrolling grows with the steps, or",
     "         with their root where some are computed twice (the default)",
