@@ -2,7 +2,6 @@
 
 import functools
 
-import bilevax as bx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,8 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
+
+import bilevax as bx
 from bilevax._hypergradient._entry import _estimate
 from bilevax.testing import all_oracles, quadratic, quadratic_game, relative_error
 
@@ -182,9 +183,11 @@ RULES = {
 def test_every_rule_reaches_its_order(rule, name):
     oracle = oracles("float64")[name]
     rule, bound = RULES[rule]
-    matrix = jax.jacobian(oracle.problem.inner.residual)(oracle.x_star, oracle.theta) if (
-        name != "nested"
-    ) else None
+    matrix = (
+        jax.jacobian(oracle.problem.inner.residual)(oracle.x_star, oracle.theta)
+        if (name != "nested")
+        else None
+    )
     step = 0.1 if matrix is None else 1 / float(jnp.linalg.eigvalsh(matrix)[-1])
     solver = bx.Descent(optax.sgd(step), num_steps=2_000)
     estimate, state = bx.hypergradient(
@@ -200,7 +203,10 @@ def test_every_rule_reaches_its_order(rule, name):
 def test_one_step_error_is_the_contraction_factor():
     oracle = quadratic(condition=3.0)
     estimate, _ = bx.hypergradient(
-        oracle.problem, oracle.x0, oracle.theta, inner_solver=bx.NewtonCG(rtol=1e-10),
+        oracle.problem,
+        oracle.x0,
+        oracle.theta,
+        inner_solver=bx.NewtonCG(rtol=1e-10),
         rule=bx.OneStep(),
     )
     matrix = jax.jacobian(oracle.problem.inner.residual)(oracle.x_star, oracle.theta)
@@ -284,16 +290,20 @@ def test_argmin_jvp_is_the_transpose_of_vjp(name):
         x = x_star(oracle.x0, eqx.combine(arrays, static))
         return eqx.filter(x, eqx.is_array)
 
-    tangent = jax.tree_util.tree_map(lambda a: jnp.cos(1.0 + jnp.arange(a.size, dtype=a.dtype)
-                                                       ).reshape(a.shape), arrays)
+    tangent = jax.tree_util.tree_map(
+        lambda a: jnp.cos(1.0 + jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape), arrays
+    )
     x, x_dot = jax.jvp(solution, (arrays,), (tangent,))
-    cotangent = jax.tree_util.tree_map(lambda a: jnp.sin(2.0 + jnp.arange(a.size, dtype=a.dtype)
-                                                         ).reshape(a.shape), x)
+    cotangent = jax.tree_util.tree_map(
+        lambda a: jnp.sin(2.0 + jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape), x
+    )
     (theta_bar,) = jax.vjp(solution, arrays)[1](cotangent)
 
     def dot(a, b):
-        return sum(jnp.sum(p * q) for p, q in zip(
-            jax.tree_util.tree_leaves(a), jax.tree_util.tree_leaves(b), strict=True))
+        return sum(
+            jnp.sum(p * q)
+            for p, q in zip(jax.tree_util.tree_leaves(a), jax.tree_util.tree_leaves(b), strict=True)
+        )
 
     assert float(dot(x_dot, cotangent)) == pytest.approx(float(dot(tangent, theta_bar)), rel=1e-9)
     if oracle.jacobian is not None:
@@ -376,14 +386,14 @@ def test_argmin_on_a_black_box_in_a_callback():
 # ---- the explicit Jacobian ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in REGULAR if oracles("float64")[n].jacobian is not None]
-)
+@pytest.mark.parametrize("name", [n for n in REGULAR if oracles("float64")[n].jacobian is not None])
 def test_jacobian_is_the_oracles(name):
     oracle = oracles("float64")[name]
     x = jax.tree_util.tree_map(jnp.asarray, oracle.x_star)
-    rule = bx.Implicit(bx.CG(rtol=1e-11)) if oracle.kind == "minimum" else bx.Implicit(
-        lx.GMRES(1e-11, 1e-11)
+    rule = (
+        bx.Implicit(bx.CG(rtol=1e-11))
+        if oracle.kind == "minimum"
+        else bx.Implicit(lx.GMRES(1e-11, 1e-11))
     )
     out = bx.jacobian(oracle.problem, x, oracle.theta, rule=rule)
     assert relative_error(out.value, oracle.jacobian) < 1e-8

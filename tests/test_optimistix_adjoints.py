@@ -1,12 +1,13 @@
 """Every rule as the adjoint of an Optimistix call."""
 
-import bilevax as bx
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import optimistix as optx
 import pytest
+
+import bilevax as bx
 from bilevax.testing import fixed_point, logistic, quadratic, relative_error, root
 
 RULES = {
@@ -57,13 +58,15 @@ def test_minimise(name, solver):
 def test_implicit_jvp_in_minimise():
     oracle = logistic()
     _, x_dot = jax.jvp(
-        lambda theta: optx.minimise(
-            lambda x, theta: oracle.problem.inner(x, theta),
-            optx.BFGS(**TIGHT),
-            oracle.x0,
-            args=theta,
-            adjoint=RULES["Implicit"][0],
-        ).value,
+        lambda theta: (
+            optx.minimise(
+                lambda x, theta: oracle.problem.inner(x, theta),
+                optx.BFGS(**TIGHT),
+                oracle.x0,
+                args=theta,
+                adjoint=RULES["Implicit"][0],
+            ).value
+        ),
         (oracle.theta,),
         (jnp.ones(6),),
     )

@@ -1,12 +1,13 @@
 """Every outcome from a realistic cause, and a message that says what to do next."""
 
-import bilevax as bx
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import optax
 import optimistix as optx
 import pytest
+
+import bilevax as bx
 from bilevax.testing import logistic, overparameterised, relative_error
 
 ORACLE = logistic()
@@ -70,9 +71,7 @@ def test_a_solver_that_says_successful_is_not_believed():
             max_steps=10_000,
         ).value
 
-    estimate = outcome(
-        problem, jnp.zeros(20), jnp.asarray(-9.0), inner_solver=bx.Traceable(lazy)
-    )
+    estimate = outcome(problem, jnp.zeros(20), jnp.asarray(-9.0), inner_solver=bx.Traceable(lazy))
     assert estimate.result == bx.RESULTS.inner_not_converged
 
 
@@ -82,9 +81,7 @@ def test_adjoint_solve_not_converged_and_fixed_number_of_steps():
     )
     assert estimate.result == bx.RESULTS.adjoint_not_converged
     assert says(estimate.result, "max_steps", "num_steps")
-    fixed = outcome(
-        ORACLE.problem, ORACLE.x0, ORACLE.theta, rule=bx.Implicit(bx.CG(num_steps=2))
-    )
+    fixed = outcome(ORACLE.problem, ORACLE.x0, ORACLE.theta, rule=bx.Implicit(bx.CG(num_steps=2)))
     assert fixed.result == bx.RESULTS.successful
     assert float(fixed.adjoint_residual) > 1e-6
     assert int(fixed.stats["num_adjoint_steps"]) == 2

@@ -1,12 +1,13 @@
 """Unrolled derivatives against plain autodiff of a Python loop."""
 
-import bilevax as bx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import optimistix as optx
 import pytest
+
+import bilevax as bx
 from bilevax._hypergradient._scan import repeat
 from bilevax.testing import learned_step_size, logistic, relative_error
 
@@ -19,8 +20,12 @@ OPTIMISERS = {
     "rmsprop": optax.rmsprop(0.02),
     "adagrad": optax.adagrad(0.1),
     "schedule": optax.sgd(optax.exponential_decay(0.4, 3, 0.8)),
-    "chain": optax.chain(optax.clip_by_global_norm(0.5), optax.add_decayed_weights(1e-2),
-                         optax.trace(0.5), optax.scale(-0.2)),
+    "chain": optax.chain(
+        optax.clip_by_global_norm(0.5),
+        optax.add_decayed_weights(1e-2),
+        optax.trace(0.5),
+        optax.scale(-0.2),
+    ),
 }
 ORACLE = logistic()
 
@@ -193,7 +198,9 @@ def test_truncated_refuses_solvers_whose_last_steps_are_rejected_trials():
 @pytest.mark.parametrize("length", [1, 2, 5, 16, 17, 30])
 @pytest.mark.parametrize("checkpoints", ["sqrt", "all", 1, 4])
 def test_repeat_takes_exactly_the_steps(length, checkpoints):
-    out = repeat(lambda c: (c[0] + 1, c[1] * 1.1), (jnp.zeros(()), jnp.ones(())), length, checkpoints)
+    out = repeat(
+        lambda c: (c[0] + 1, c[1] * 1.1), (jnp.zeros(()), jnp.ones(())), length, checkpoints
+    )
     assert float(out[0]) == length
     np.testing.assert_allclose(out[1], 1.1**length, rtol=1e-12)
 

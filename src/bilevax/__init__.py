@@ -16,7 +16,12 @@ from ._inner._lbfgs import LBFGS as LBFGS
 from ._inner._descent import Descent as Descent
 from ._inner._optimistix import Optimistix as Optimistix
 from ._inner._external import External as External, Given as Given, Traceable as Traceable
-from ._linear import CG as CG, GradientDescent as GradientDescent, Neumann as Neumann
+from ._linear import (
+    CG as CG,
+    GMRES as GMRES,
+    GradientDescent as GradientDescent,
+    Neumann as Neumann,
+)
 from ._hypergradient._implicit import Implicit as Implicit
 from ._hypergradient._unrolled import Truncated as Truncated, Unrolled as Unrolled
 from ._hypergradient._one_step import OneStep as OneStep

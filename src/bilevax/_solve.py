@@ -23,7 +23,7 @@ from ._outer._base import AbstractMethod, StepInfo
 from ._outer._double_loop import DoubleLoop
 from ._outer._update import next_point
 from ._problem import Bilevel, as_arrays, prepare, restore, start_at
-from ._report._history import COUNTS, History
+from ._report._history import COUNTS, STATS, History
 from ._report._progress import progress_bar
 from ._report._solution import Solution
 from ._results import RESULTS, SolveError
@@ -127,7 +127,9 @@ def solve(
 class _Run:
     """The state of one call of `solve` on the host."""
 
-    def __init__(self, problem: Bilevel, x0: PyTree, theta0: PyTree, method: AbstractMethod):
+    def __init__(
+        self, problem: Bilevel, x0: PyTree, theta0: PyTree, method: AbstractMethod
+    ) -> None:
         check_types(problem)
         self.start_time = time.perf_counter()
         x0 = x0 if callable(x0) else as_arrays(x0)
@@ -214,7 +216,7 @@ class _Run:
         count = int(count)
         before = self.rows[-1]["seconds"][-1] if self.rows else 0.0
         now = time.perf_counter() - self.start_time
-        row = {name: np.asarray(column[:count]) for name, column in _columns(infos).items()}
+        row = _columns(jax.tree_util.tree_map(lambda rows: rows[:count], infos))
         row["seconds"] = before + (now - before) * np.arange(1, count + 1) / count
         self.rows.append(row)
         self.num_rows += count
@@ -248,9 +250,7 @@ class _Run:
 
     def solution(self, stopped_by: str) -> Solution:
         """Everything, as the user sees it."""
-        columns = {
-            name: np.concatenate([row[name] for row in self.rows]) for name in self.rows[0]
-        }
+        columns = {name: np.concatenate([row[name] for row in self.rows]) for name in self.rows[0]}
         codes = columns["result"]
         columns["result"] = np.array([_RESULT_NAMES[code] for code in codes])
         history = History(**columns)
@@ -296,7 +296,7 @@ def _chunk(
     num_moves: Array,
     num_evaluations: Array,
     tolerance: Array,
-) -> tuple[Any, StepInfo, Array, Array]:
+) -> tuple[Any, tuple[Array, Array], Array, Array]:
     """At most `num_evaluations` steps, of which the first `num_moves` move theta.
 
     The number of steps is an argument, so that chunks of any length are one program.
@@ -308,24 +308,26 @@ def _chunk(
         new_state, info = method.step(problem, x0, state, move)
         return eqx.filter(new_state, eqx.is_array), info
 
+    # One row of numbers a step: a dozen small arrays would compile to a dozen kernels.
     info_struct = jax.eval_shape(step, dynamic, jnp.array(True))[1]
-    buffer = jtu.tree_map(lambda s: jnp.zeros((_MAX_CHUNK, *s.shape), s.dtype), info_struct)
+    buffers = jax.tree_util.tree_map(
+        lambda s: jnp.zeros((_MAX_CHUNK, *s.shape), s.dtype), jax.eval_shape(_pack, info_struct)
+    )
 
     def keep_going(carry: tuple) -> Array:
         _, _, count, reason = carry
         return (count < num_evaluations) & (reason == 0)
 
     def body(carry: tuple) -> tuple:
-        dynamic, buffer, count, _ = carry
+        dynamic, buffers, count, _ = carry
         dynamic, info = step(dynamic, count < num_moves)
-        buffer = jtu.tree_map(lambda b, a: b.at[count].set(a), buffer, info)
-        reason = _reason(info, tolerance)
-        return dynamic, buffer, count + 1, reason
+        buffers = jtu.tree_map(lambda b, row: b.at[count].set(row), buffers, _pack(info))
+        return dynamic, buffers, count + 1, _reason(info, tolerance)
 
     zero = jnp.asarray(0, jnp.int32)
-    carry = jax.lax.while_loop(keep_going, body, (dynamic, buffer, zero, zero))
-    dynamic, buffer, count, reason = carry
-    return eqx.combine(dynamic, static), buffer, count, reason
+    carry = jax.lax.while_loop(keep_going, body, (dynamic, buffers, zero, zero))
+    dynamic, buffers, count, reason = carry
+    return eqx.combine(dynamic, static), buffers, count, reason
 
 
 _run_chunk = lean_jit(_chunk, donate_first=True)
@@ -339,16 +341,26 @@ def _reason(info: StepInfo, tolerance: Array) -> Array:
     return jnp.where(info.gave_up, 3, reason).astype(jnp.int32)
 
 
-def _columns(info: StepInfo) -> dict[str, np.ndarray]:
-    """The columns of the history in a buffer of infos."""
-    return {
-        "value": info.value,
-        "hypergradient_norm": info.hypergradient_norm,
-        "inner_residual": info.inner_residual,
-        "adjoint_residual": info.adjoint_residual,
-        "result": info.result._value,
-        **info.stats,
-    }  # type: ignore[return-value]
+_FLOATS = ("value", "hypergradient_norm", "inner_residual", "adjoint_residual")
+
+
+def _pack(info: StepInfo) -> tuple[Array, Array]:
+    """An info as a row of floats and a row of integers; `_columns` is the inverse."""
+    floats = [getattr(info, name) for name in _FLOATS]
+    dtype = jnp.zeros(()).dtype
+    integers = [info.result._value, *(info.stats[name] for name in sorted(STATS))]
+    return (
+        jnp.stack([jnp.asarray(a, dtype) for a in floats]),
+        jnp.stack([jnp.asarray(a, jnp.int32) for a in integers]),
+    )
+
+
+def _columns(rows: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns of the history in the rows of a chunk."""
+    floats, integers = rows
+    columns = dict(zip(_FLOATS, floats.T, strict=True))
+    names = ("result", *sorted(STATS))
+    return {**columns, **dict(zip(names, integers.T, strict=True))}
 
 
 def _report_failures(solution: Solution, throw: bool) -> None:

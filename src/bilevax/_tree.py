@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import equinox.internal as eqxi
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree, Scalar
@@ -14,9 +15,7 @@ from jaxtyping import Array, Bool, PyTree, Scalar
 def tree_dot(a: PyTree, b: PyTree) -> Scalar:
     """Inner product of two pytrees of arrays."""
     # Not jnp.vdot: it ravels, which moves sharded arrays about.
-    products = [
-        jnp.sum(x * y) for x, y in zip(jtu.tree_leaves(a), jtu.tree_leaves(b), strict=True)
-    ]
+    products = [jnp.sum(x * y) for x, y in zip(jtu.tree_leaves(a), jtu.tree_leaves(b), strict=True)]
     return sum(products[1:], products[0]) if products else jnp.zeros(())
 
 
@@ -27,7 +26,7 @@ def tree_norm(a: PyTree) -> Scalar:
 
 def tree_axpy(scale: Array | float, a: PyTree, b: PyTree) -> PyTree:
     """`scale * a + b`, leaf by leaf, in the dtype of `b`."""
-    return jtu.tree_map(lambda x, y: (jnp.asarray(scale, y.dtype) * x + y), a, b)
+    return jtu.tree_map(lambda x, y: jnp.asarray(scale, y.dtype) * x + y, a, b)
 
 
 def tree_sub(a: PyTree, b: PyTree) -> PyTree:
@@ -118,12 +117,10 @@ def lean_jit(fn: Callable, *, donate_first: bool = False) -> Callable:
                 f"A leaf of type {type(bad).__name__} is neither an array nor hashable: turn it "
                 "into an array, or close over it."
             ) from error
-        arrays_out, rest = compiled(
-            (treedef, static), arrays[:num_donated], arrays[num_donated:]
-        )
+        arrays_out, rest = compiled((treedef, static), arrays[:num_donated], arrays[num_donated:])
         return eqx.combine(arrays_out, rest.value)
 
-    call.num_compilations = compiled._cache_size  # type: ignore[attr-defined]  # for tests
+    call.jitted, call.num_compilations = compiled, compiled._cache_size  # type: ignore[attr-defined]
     return call
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import PyTree
 
@@ -75,8 +76,8 @@ def hypergradient(
     if isinstance(inner_solver, External) and not is_traced((problem, x0, theta)):
         x0 = run_on_host(problem, inner_solver, x0, theta)
         inner_solver = inner_solver.as_given()
-    estimate, state = _estimate(problem, inner_solver, rule, x0, theta, state)
-    return raise_failure(estimate) if throw else estimate, state
+    estimate, new_state = _estimate(problem, inner_solver, rule, x0, theta, state)
+    return (raise_failure(estimate) if throw else estimate), new_state
 
 
 def argmin(
@@ -156,15 +157,16 @@ def raise_failure(estimate: Any) -> Any:
     when the compiled program meets it.
     """
     result = estimate.result
-    failed = result != RESULTS.successful
-    if isinstance(failed, jax.core.Tracer):
-        return result.error_if(estimate, failed)
-    if not bool(jnp.any(failed)):
+    if result.is_traced():
+        return result.error_if(estimate, result != RESULTS.successful)
+    # NumPy: the eager comparison of two outcomes would be compiled first.
+    code, good = np.asarray(result._value), np.asarray(RESULTS.successful._value)
+    if np.all(code == good):
         return estimate
     numbers = (
         f"inner residual {float(estimate.inner_residual):.2e} (tolerance "
         f"{float(estimate.inner_tolerance):.2e}), relative adjoint residual "
-        f"{float(jnp.max(estimate.adjoint_residual)):.2e}"
+        f"{np.max(estimate.adjoint_residual):.2e}"
     )
     raise SolveError(f"{RESULTS[result]} [{numbers}; pass throw=False to get it anyway]", result)
 

@@ -65,10 +65,11 @@ class Implicit(AbstractHypergradient):
     inexact: bool = False
 
     def __check_init__(self) -> None:
-        if not (self.linear_solver is None or isinstance(self.linear_solver, lx.AbstractLinearSolver)):
+        solver = self.linear_solver
+        if not (solver is None or isinstance(solver, lx.AbstractLinearSolver)):
             raise TypeError(
                 "`linear_solver` must be bx.CG(...), bx.GradientDescent(...), bx.Neumann(...) "
-                f"or a Lineax solver; got {type(self.linear_solver).__name__}."
+                f"or a Lineax solver; got {type(solver).__name__}."
             )
 
     @property
@@ -92,9 +93,7 @@ class Implicit(AbstractHypergradient):
     ) -> tuple[Estimate, HypergradientState]:
         condition = problem.inner
         # 1. x solves the inner problem
-        inner, inner_state = inner_solver.solve(
-            condition, start_at(x0, theta), theta, state.inner
-        )
+        inner, inner_state = inner_solver.solve(condition, start_at(x0, theta), theta, state.inner)
         # 2. v solves the adjoint system
         outer_grad = jax.value_and_grad(problem.outer_value, argnums=(0, 1), has_aux=True)
         (value, aux), (grad_x, grad_theta) = outer_grad(inner.x, theta)

@@ -48,9 +48,7 @@ def attach_derivative(
         # depends on the tangents; one with a zero cross derivative (a bias without
         # regulariser) does not: https://github.com/jax-ml/jax/issues/10929
         zero = sum(0 * jnp.sum(t) for t in jtu.tree_leaves(tangents[0]))
-        right_hand_side = jtu.tree_map(
-            lambda r: -r + jnp.asarray(zero, r.dtype), right_hand_side
-        )
+        right_hand_side = jtu.tree_map(lambda r: -r + jnp.asarray(zero, r.dtype), right_hand_side)
         _, matvec = jax.linearize(lambda x: residual_of(inexact, x), x)
         x_dot = jax.lax.custom_linear_solve(
             matvec, right_hand_side, solve, transpose_solve=solve, symmetric=is_symmetric

@@ -4,7 +4,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
 
 from .._inner._base import Counts
@@ -139,9 +138,7 @@ def _reverse(
 
     def block(i: int) -> PyTree:
         shape = leaves[i].shape
-        return jtu.tree_map(
-            lambda r: r[ends[i] : ends[i + 1]].reshape(shape + r.shape[1:]), rows
-        )
+        return jtu.tree_map(lambda r: r[ends[i] : ends[i + 1]].reshape(shape + r.shape[1:]), rows)
 
     return jtu.tree_unflatten(structure, [block(i) for i in range(len(leaves))]), systems
 
@@ -167,5 +164,3 @@ def _split_entries(a: Array, theta: PyTree) -> PyTree:
         parts.append(part.reshape(a.shape[:-1] + leaf.shape))
         begin += leaf.size
     return jtu.tree_unflatten(structure, parts)
-
-

@@ -13,7 +13,13 @@ from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, 
 from .._inner._optimistix import Optimistix, check_positive
 from .._problem import AbstractCondition, Bilevel, start_at
 from .._results import RESULTS
-from .._tree import checkpointed_while_loop, lax_while_loop, stop_gradient, tree_all_finite, tree_norm
+from .._tree import (
+    checkpointed_while_loop,
+    lax_while_loop,
+    stop_gradient,
+    tree_all_finite,
+    tree_norm,
+)
 from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
 from ._implicit import or_fail
 from ._scan import Checkpoints, check_checkpoints, num_checkpoints, repeat
@@ -289,9 +295,7 @@ def estimate_through(
     (value, rest), grad = jax.value_and_grad(truncated_problem, has_aux=True)(theta)
     aux, x, inner_state, num_steps, num_back = rest
     residual = tree_norm(problem.inner.residual(x, theta))
-    result = RESULTS.where(
-        tree_all_finite((value, grad)), RESULTS.successful, RESULTS.nonfinite
-    )
+    result = RESULTS.where(tree_all_finite((value, grad)), RESULTS.successful, RESULTS.nonfinite)
     # Going back through a step recomputes it (one gradient) and transposes its derivative.
     counts = Counts(gradients=num_steps + num_back + 2, hessian=num_back, cross=num_back)
     estimate = Estimate(

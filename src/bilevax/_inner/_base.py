@@ -141,9 +141,7 @@ def residual_and_scale(
     condition: AbstractCondition, x: PyTree, x0: PyTree, theta: PyTree
 ) -> tuple[Scalar, Scalar]:
     """`||residual||` and the `||A z||` it is compared with; see `measure`."""
-    residual, product = jax.jvp(
-        lambda x: condition.residual(x, theta), (x,), (tree_larger(x, x0),)
-    )
+    residual, product = jax.jvp(lambda x: condition.residual(x, theta), (x,), (tree_larger(x, x0),))
     return tree_norm(residual), tree_norm(product)
 
 

@@ -80,7 +80,7 @@ class Descent(AbstractSteppingSolver):
         self.carry_state = carry_state
 
     @property
-    def max_steps(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def max_steps(self) -> int:
         return self.num_steps
 
     @property

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._problem import AbstractCondition, restore
+from .._tree import is_traced
 from ._base import AbstractInnerSolver, Counts, InnerSolution, measure
 
 
@@ -120,9 +121,7 @@ class External(AbstractInnerSolver):
         def host(arrays: PyTree) -> PyTree:
             return self.on_host(*eqx.combine(arrays, static))
 
-        x = jax.pure_callback(
-            host, jax.eval_shape(lambda: x0), arrays, vmap_method="sequential"
-        )
+        x = jax.pure_callback(host, jax.eval_shape(lambda: x0), arrays, vmap_method="sequential")
         return measure(condition, x, x0, theta, self.rtol, self.atol, 1, Counts()), None
 
     def as_given(self) -> Given:
@@ -138,10 +137,11 @@ def _arguments(condition: AbstractCondition, x0: PyTree, theta: PyTree) -> tuple
 
 def _as_structure(x: PyTree, x0: PyTree) -> PyTree:
     """`x` in the structure, shapes and dtypes of `x0`, or a clear error."""
-    leaves, wanted = [leaf for leaf in jtu.tree_leaves(x) if not isinstance(leaf, str)], (
-        jtu.tree_leaves(x0)
+    leaves, wanted = (
+        [leaf for leaf in jtu.tree_leaves(x) if not isinstance(leaf, str)],
+        (jtu.tree_leaves(x0)),
     )
-    xp = jnp if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) else np
+    xp = jnp if is_traced(leaves) else np
     shapes = [np.shape(leaf) for leaf in leaves]
     if shapes != [leaf.shape for leaf in wanted]:
         raise ValueError(

@@ -69,13 +69,19 @@ class LBFGS(AbstractMeasuredMinimiser):
     slope near the floor: Hager and Zhang, SIAM J. Optim. 16 (2005), equation (4.1).
     """
 
-    rtol: float | None = None
-    atol: float = 0.0
-    history_length: int = 10
+    rtol: float | None
+    atol: float
+    history_length: int
 
-    def __check_init__(self) -> None:
-        check_tolerance("LBFGS", rtol=self.rtol, atol=self.atol)
-        check_count("LBFGS", history_length=self.history_length)
+    # Written out, because type checkers take Optimistix' abstract `norm` for an argument.
+    def __init__(
+        self, rtol: float | None = None, atol: float = 0.0, history_length: int = 10
+    ) -> None:
+        check_tolerance("LBFGS", rtol=rtol, atol=atol)
+        check_count("LBFGS", history_length=history_length)
+        self.rtol = rtol
+        self.atol = atol
+        self.history_length = history_length
 
     def init(
         self,

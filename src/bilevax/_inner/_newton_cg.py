@@ -66,14 +66,25 @@ class NewtonCG(AbstractMeasuredMinimiser):
     method", SIAM J. Sci. Comput. 17 (1996), equation (2.2).
     """
 
-    rtol: float | None = None
-    atol: float = 0.0
-    max_cg_steps: int = 1_000
-    dense: bool | None = None
+    rtol: float | None
+    atol: float
+    max_cg_steps: int
+    dense: bool | None
 
-    def __check_init__(self) -> None:
-        check_tolerance("NewtonCG", rtol=self.rtol, atol=self.atol)
-        check_count("NewtonCG", max_cg_steps=self.max_cg_steps)
+    # Written out, because type checkers take Optimistix' abstract `norm` for an argument.
+    def __init__(
+        self,
+        rtol: float | None = None,
+        atol: float = 0.0,
+        max_cg_steps: int = 1_000,
+        dense: bool | None = None,
+    ) -> None:
+        check_tolerance("NewtonCG", rtol=rtol, atol=atol)
+        check_count("NewtonCG", max_cg_steps=max_cg_steps)
+        self.rtol = rtol
+        self.atol = atol
+        self.max_cg_steps = max_cg_steps
+        self.dense = dense
 
     def init(
         self,
@@ -170,7 +181,9 @@ class NewtonCG(AbstractMeasuredMinimiser):
         return tree_where(accept, state.y_eval, y), new_state, aux
 
     def _is_dense(self, y: PyTree[Array]) -> bool:
-        return tree_size(y) <= _DENSE_SIZE if self.dense is None else self.dense
+        if self.dense is None:
+            return 0 < tree_size(y) <= _DENSE_SIZE
+        return self.dense
 
 
 class _State(AbstractMeasuredState):

@@ -13,6 +13,7 @@ from .._problem import AbstractCondition, FixedPoint, LeastSquares, objective
 from .._results import RESULTS
 from .._tree import Opaque, tree_all_finite, tree_dot
 from ._base import AbstractSteppingSolver, Counts, InnerSolution, measure, run
+from ._measured import AbstractMeasuredMinimiser
 
 
 class Optimistix(AbstractSteppingSolver):
@@ -50,15 +51,17 @@ class Optimistix(AbstractSteppingSolver):
     """
 
     solver: optx.AbstractIterativeSolver
-    max_steps: int = 1_000
+    max_steps: int
 
-    def __check_init__(self) -> None:
-        if not isinstance(self.solver, optx.AbstractIterativeSolver):
+    def __init__(self, solver: optx.AbstractIterativeSolver, max_steps: int = 1_000) -> None:
+        if not isinstance(solver, optx.AbstractIterativeSolver):
             raise TypeError(
                 "`Optimistix` wraps a solver of Optimistix such as optx.BFGS(...); got "
-                f"{type(self.solver).__name__}."
+                f"{type(solver).__name__}."
             )
-        check_positive(self.max_steps, "max_steps")
+        check_positive(max_steps, "max_steps")
+        self.solver = solver
+        self.max_steps = max_steps
 
     @property
     def is_fixed_length(self) -> bool:
@@ -86,7 +89,8 @@ class Optimistix(AbstractSteppingSolver):
         state = eqx.combine(dynamic, static.value)
         new_x, new_state, _ = self.solver.step(fn, x, args, {}, state, _TAGS)
         done, result = self.solver.terminate(fn, x, args, {}, new_state, _TAGS)
-        result = optx.RESULTS.where(tree_all_finite(new_x), result, optx.RESULTS.nonfinite)
+        if not isinstance(self.solver, AbstractMeasuredMinimiser):  # these look themselves
+            result = optx.RESULTS.where(tree_all_finite(new_x), result, optx.RESULTS.nonfinite)
         new_dynamic, _ = eqx.partition(new_state, eqx.is_array)
         return new_x, new_dynamic, jnp.asarray(done), result, static
 
@@ -104,7 +108,7 @@ class Optimistix(AbstractSteppingSolver):
         carry, count = run(self, condition, theta, self.start(condition, x0, theta, state))
         result = carry[3]
         x, stats = self._postprocess(condition, theta, carry)
-        if "tolerance" not in stats:
+        if not isinstance(self.solver, AbstractMeasuredMinimiser):
             counts = Counts(gradients=count)
             rtol, atol = self.solver.rtol, self.solver.atol
             return measure(condition, x, x0, theta, rtol, atol, count, counts), None

@@ -12,7 +12,6 @@ from jaxtyping import Array, Bool, Int, PyTree, Scalar
 from .._results import RESULTS
 from .._tree import (
     default_rtol,
-    tree_all_finite,
     tree_axpy,
     tree_dot,
     tree_norm,
@@ -122,7 +121,6 @@ class CG(AbstractIterativeLinearSolver):
             tolerance = tolerance / safe_norm
         else:
             tolerance = jnp.full_like(tolerance, jnp.inf)
-        result = RESULTS.where(tree_all_finite(value), result, RESULTS.nonfinite)
         residual = jnp.sqrt(state.rr) / safe_norm
         return LinearSolution(
             value, residual, tolerance, state.num_steps, state.num_products, result

@@ -119,9 +119,7 @@ class DoubleLoop(AbstractMethod):
         if not self.warm_start_adjoint and warm.v is not None:
             warm = eqx.tree_at(lambda s: s.v, warm, tree_zeros_like(warm.v))
         solver = as_inner_solver(self.inner_solver, problem.inner, state.hypergradient.x)
-        estimate, hypergradient = self.hypergradient.estimate(
-            problem, solver, start, point, warm
-        )
+        estimate, hypergradient = self.hypergradient.estimate(problem, solver, start, point, warm)
         # 2. a failure does not move theta along it
         usable = (estimate.result == RESULTS.successful) | (estimate.result == RESULTS.stalled)
         theta, optimizer, done = update(self.optimizer, state.theta, state.optimizer, estimate)

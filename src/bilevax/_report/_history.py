@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 COUNTS = ("num_gradients", "num_hessian_products", "num_cross_products")
+STATS = (*COUNTS, "num_inner_steps", "num_adjoint_steps")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,9 +51,7 @@ class History:
         def plain(column: np.ndarray) -> list[Any]:
             return [None if isinstance(a, float) and np.isnan(a) else a for a in column.tolist()]
 
-        return {
-            field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)
-        }
+        return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     def plot(self, axes: Any = None) -> Any:
         """Value, residuals and oracle calls against the outer steps.

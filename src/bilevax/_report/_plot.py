@@ -45,8 +45,6 @@ def plot_history(history: "History", axes: Any = None) -> Any:
     count_axis.legend()
     flagged = steps[history.result != "successful"]
     if flagged.size:
-        value_axis.plot(
-            flagged, history.value[flagged], "x", color="C3", label="flagged steps"
-        )
+        value_axis.plot(flagged, history.value[flagged], "x", color="C3", label="flagged steps")
         value_axis.legend()
     return value_axis.figure

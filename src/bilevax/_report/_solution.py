@@ -42,9 +42,12 @@ class Solution:
     def __str__(self) -> str:
         stats = self.stats
         first = float(self.history.value[0]) if len(self.history) else float("nan")
-        lines = [
+        progress = (
             f"outer objective {first:.6g} -> {float(self.value):.6g} in {stats['num_steps']} "
-            f"outer steps ({stats['seconds']:.2f} s, stopped by {stats['stopped_by']})",
+            f"outer steps ({stats['seconds']:.2f} s, stopped by {stats['stopped_by']})"
+        )
+        lines = [
+            progress,
             ", ".join(f"{stats[name]} {name[4:].replace('_', ' ')}" for name in COUNTS),
         ]
         if stats["num_flagged"]:
