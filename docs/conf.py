@@ -13,6 +13,9 @@ release = version = installed_version("bilevax")
 
 extensions = ["myst_nb", "sphinx_gallery.gen_gallery", "api_directive"]
 exclude_patterns = ["_build", "**.ipynb_checkpoints", "auto_examples/**.py", "auto_examples/**.md5"]
+# Beside each page sphinx-gallery writes a notebook: MyST-NB would execute it once more.
+exclude_patterns += ["auto_examples/*.ipynb"]
+default_role = "code"  # single backticks in the text of the examples, as everywhere else
 nitpicky = True  # a reference to a name that does not exist is an error
 
 # Pages. Code cells are executed at each build. An exception in one is a warning with its

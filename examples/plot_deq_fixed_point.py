@@ -2,21 +2,22 @@
 A layer that is a fixed point
 =============================
 
-A deep equilibrium model has one layer, applied until nothing changes any more: its output for the input
-`u` is the `z` with `z = tanh(W z + V u + b)`. Training it is a bilevel problem whose inner level is no minimum
-but a fixed point. Backpropagation through the iterations would keep all of them;
-implicit differentiation solves one linear system, whose matrix is not symmetric, by GMRES.
+A deep equilibrium model has one layer, applied until nothing changes any more: its output for the
+input `u` is the `z` with `z = tanh(W z + V u + b)`. Training it is a bilevel problem whose inner
+level is no minimum but a fixed point. Backpropagation through the iterations would keep all of
+them; implicit differentiation solves one linear system, whose matrix is not symmetric, by GMRES.
 
 Reference: Bai, Kolter, Koltun, "Deep equilibrium models", 2019.
 """
 
-import bilevax as bx
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from sklearn.datasets import make_moons
+
+import bilevax as bx
 
 num_hidden = 12
 inputs, labels = make_moons(200, noise=0.15, random_state=0)
@@ -54,8 +55,8 @@ accuracy = jnp.mean(jnp.sign(solution.x @ solution.theta["readout"]) == labels)
 print(f"training accuracy {accuracy:.1%}")
 
 # %%
-# For new inputs the layer is a function like any other: `bx.argmin` finds the fixed point, and could be
-# differentiated again.
+# For new inputs the layer is a function like any other: `bx.argmin` finds the fixed point, and
+# could be differentiated again.
 
 side = 60
 grid = np.stack(np.meshgrid(np.linspace(-1.7, 2.7, side), np.linspace(-1.2, 1.7, side)), axis=-1)

@@ -2,19 +2,21 @@
 Inside a larger JAX program
 ===========================
 
-No outer loop of ours here: `bx.argmin` makes the solution of an optimization problem a function that `jax.grad`,
-`vmap`, `jit` and `hessian` pass through, to be used like any other layer.
+No outer loop of ours here: `bx.argmin` makes the solution of an optimization problem a function
+that `jax.grad`, `vmap`, `jit` and `hessian` pass through, to be used like any other layer.
 
-The program: a small network looks at a noisy signal and says how smooth it is at each place; a smoothing
-problem with these strengths is then solved; the whole is trained on clean signals, with Optax.
+The program: a small network looks at a noisy signal and says how smooth it is at each place; a
+smoothing problem with these strengths is then solved; the whole is trained on clean signals, with
+Optax.
 """
 
-import bilevax as bx
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import optax
 import optimistix as optx
+
+import bilevax as bx
 
 num_points = 64
 x_axis = jnp.arange(num_points)
@@ -34,7 +36,8 @@ clean, noisy = jax.vmap(draw)(jax.random.split(jax.random.key(0), 32))
 test_clean, test_noisy = jax.vmap(draw)(jax.random.split(jax.random.key(1), 32))
 
 # %%
-# The optimization layer: a pseudo-Huber penalty on the differences, with a strength at each place.
+# The optimization layer: a pseudo-Huber penalty on the differences, with a strength at each
+# place.
 
 
 def energy(x, theta):
@@ -79,9 +82,9 @@ optimizer = optax.adam(0.03)
 
 @jax.jit
 def step(weights, state):
-    value, grad = jax.value_and_grad(loss)(weights, clean, noisy)
+    grad = jax.grad(loss)(weights, clean, noisy)
     updates, state = optimizer.update(grad, state)
-    return optax.apply_updates(weights, updates), state, value
+    return optax.apply_updates(weights, updates), state
 
 
 def constant(strength):
@@ -90,12 +93,13 @@ def constant(strength):
     return jax.vmap(lambda signal: smooth(signal, (signal, everywhere)))(test_noisy)
 
 
-state, history = optimizer.init(weights), []
+state = optimizer.init(weights)
 for _ in range(150):
-    weights, state, value = step(weights, state)
-    history.append(value)
+    weights, state = step(weights, state)
 
-best = min((constant(s) for s in jnp.linspace(-5, 1, 7)), key=lambda x: jnp.mean((x - test_clean) ** 2))
+best = min(
+    (constant(s) for s in jnp.linspace(-5, 1, 7)), key=lambda x: jnp.mean((x - test_clean) ** 2)
+)
 print("mean squared error on new signals")
 print(f"    as measured              {jnp.mean((test_noisy - test_clean) ** 2):.4f}")
 print(f"    best constant strength   {jnp.mean((best - test_clean) ** 2):.4f}")

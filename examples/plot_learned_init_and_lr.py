@@ -4,18 +4,19 @@ A learned start and a learned step size
 
 Few-shot learning: a new task comes with ten measurements, and five steps of gradient descent must
 do. What can be learned from old tasks is where to start and how far to step. Neither changes the
-*solution* of a task, so implicit differentiation would return zero; the five steps are the
-inner problem, and unrolling differentiates them exactly.
+*solution* of a task, so implicit differentiation would return zero; the five steps are the inner
+problem, and unrolling differentiates them exactly.
 
-Reference: Finn, Abbeel, Levine, "Model-agnostic meta-learning", 2017; the step size per parameter as in Li et
-al., "Meta-SGD", 2017.
+Reference: Finn, Abbeel, Levine, "Model-agnostic meta-learning", 2017; the step size per parameter
+as in Li et al., "Meta-SGD", 2017.
 """
 
-import bilevax as bx
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import optax
+
+import bilevax as bx
 
 num_features, num_tasks, num_measurements = 40, 100, 10
 
@@ -42,8 +43,8 @@ train, judge = jax.vmap(draw)(jax.random.split(jax.random.key(0), num_tasks))
 new_train, new_judge = jax.vmap(draw)(jax.random.split(jax.random.key(1), num_tasks))
 
 # %%
-# `x` holds the weights of all tasks, a row each. The tasks share nothing but theta: the start, and one
-# step size per weight, which the optimiser gets as a function of theta.
+# `x` holds the weights of all tasks, a row each. The tasks share nothing but theta: the start,
+# and one step size per weight, which the optimiser gets as a function of theta.
 
 
 def inner(x, theta, data):
@@ -68,8 +69,8 @@ solution = bx.solve(problem, start, theta0, method, num_steps=150)
 print(solution)
 
 # %%
-# The judgement: five steps on new tasks. Only what was learned is carried over. For comparison, zero start and
-# the best single step size.
+# The judgement: five steps on new tasks. Only what was learned is carried over. For comparison,
+# zero start and the best single step size.
 
 new_problem = bx.Minimum(inner, new_train)
 adapt = bx.argmin(new_problem, five_steps, bx.Unrolled())
@@ -85,12 +86,13 @@ single = min(
 )
 print("\nmean squared error on new tasks after five steps")
 print(f"    zero start, best single step size   {error(single):.3f}")
-print(f"    learned start                       {error({**single, 'start': solution.theta['start']}):.3f}")
+only_start = {**single, "start": solution.theta["start"]}
+print(f"    learned start                       {error(only_start):.3f}")
 print(f"    learned start and step sizes        {error(solution.theta):.3f}")
 
 # %%
-# One new task before and after, and the step sizes: the frequencies that the tasks have in common are
-# learned fast, the others hardly at all.
+# One new task before and after, and the step sizes: the frequencies that the tasks have in common
+# are learned fast, the others hardly at all.
 
 times = jnp.linspace(-3, 3, 200)
 curve = features(times)

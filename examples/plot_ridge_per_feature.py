@@ -2,26 +2,25 @@
 One regularisation strength per feature
 =======================================
 
-Scikit-learn's diabetes data: ten measurements of 442 patients, and how the disease went on. We add
-thirty columns of pure noise, as a stand-in for the measurements that nobody needed, and learn one
-l2 strength per column: the inner problem fits the training set, the outer one asks how the
+Scikit-learn's diabetes data: ten measurements of 442 patients, and how the disease went on. We
+add thirty columns of pure noise, as a stand-in for the measurements that nobody needed, and learn
+one l2 strength per column: the inner problem fits the training set, the outer one asks how the
 fit does on a validation set. A test set that neither has seen judges.
 """
 
-import bilevax as bx
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_diabetes
+
+import bilevax as bx
 
 random = np.random.default_rng(0)
 features, targets = load_diabetes(return_X_y=True)
 features = np.hstack([features / features.std(axis=0), random.normal(size=(len(targets), 30))])
 targets = (targets - targets.mean()) / targets.std()
 order = random.permutation(len(targets))
-train, validation, test = (
-    (features[part], targets[part]) for part in np.split(order, (150, 300))
-)
+train, validation, test = ((features[part], targets[part]) for part in np.split(order, (150, 300)))
 
 # %%
 # The two objectives take `(x, theta, data)`. The strengths are positive, so theta holds their
@@ -55,12 +54,16 @@ solution = bx.solve(problem, x0, theta0, num_steps=40)
 print(solution)
 
 print("\nmean squared error on the test set (1 is the error of the mean)")
-for name, x in (("almost no regulariser", grid[0]), ("one strength", single), ("forty", solution.x)):
+for name, x in (
+    ("almost no regulariser", grid[0]),
+    ("one strength", single),
+    ("forty", solution.x),
+):
     print(f"    {name:24}{2 * outer(x, None, test):.3f}")
 
 # %%
-# Most columns of noise are shut out, and so are the measurements that say little beside the others. A few
-# columns of noise are let in: by chance they help on these 150 patients.
+# Most columns of noise are shut out, and so are the measurements that say little beside the
+# others. A few columns of noise are let in: by chance they help on these 150 patients.
 
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
 change = solution.theta - theta0

@@ -2,22 +2,23 @@
 SciPy as the inner solver
 =========================
 
-Implicit differentiation does not care how `x` was found. Here `scipy.optimize.minimize` finds
-it, on the host, with its own arithmetic in float64; bilevax sees only the condition that
-`x` must satisfy, checks that it does, and differentiates that.
+Implicit differentiation does not care how `x` was found. Here `scipy.optimize.minimize` finds it,
+on the host, with its own arithmetic in float64; bilevax sees only the condition that `x` must
+satisfy, checks that it does, and differentiates that.
 
 The problem: fit a polynomial to data with outliers by the pseudo-Huber loss, which is quadratic
-below a threshold and linear above it. The threshold and an l2 strength are learned from a few points
-that somebody has checked by hand.
+below a threshold and linear above it. The threshold and an l2 strength are learned from a few
+points that somebody has checked by hand.
 """
 
-import bilevax as bx
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import scipy.optimize
+
+import bilevax as bx
 
 jax.config.update("jax_enable_x64", True)
 
@@ -50,8 +51,8 @@ def outer(x, theta, data):
 
 
 # %%
-# The black box: NumPy in, NumPy out. It could as well be a binary that reads a file. Note that it is
-# given `x0`, the solution of the previous outer step.
+# The black box: NumPy in, NumPy out. It could as well be a binary that reads a file. Note that it
+# is given `x0`, the solution of the previous outer step.
 
 
 def fit(x0, theta, data):
@@ -86,7 +87,6 @@ inner_gradient = jax.jit(jax.grad(inner))
 
 
 def lazy_fit(x0, theta, data):
-    features, values = data
     return scipy.optimize.minimize(
         lambda x: float(inner(x, theta, data)),
         x0,

@@ -2,22 +2,23 @@
 Parameters of a simulator
 =========================
 
-A rod carries heat. Its conductivity depends on the temperature, by a law whose two parameters nobody knows;
-where the heater sits, and how strong it is, nobody knows either. Seven thermometers
-measure the steady state. The simulator solves the discretised balance of heat,
+A rod carries heat. How its conductivity changes with the temperature nobody knows, nor where the
+heater sits, nor how strong it is. Seven thermometers measure the steady state. The simulator
+solves the discretised balance of heat,
 
 .. math:: -\\big(k(u)\\, u'\\big)' = q(s), \\qquad u = 0 \\text{ at both ends},
 
-which is no minimum but an equation: the condition `Root`. Newton's method solves it, the outer problem fits the
-thermometers, and the hypergradient is what engineers call the adjoint method.
+which is no minimum but an equation: the condition `Root`. Newton's method solves it, the outer
+problem fits the thermometers, and the hypergradient is what engineers call the adjoint method.
 """
 
-import bilevax as bx
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+
+import bilevax as bx
 
 jax.config.update("jax_enable_x64", True)
 
@@ -44,8 +45,9 @@ def balance(u, theta):
 
 
 # %%
-# The truth, and measurements with an error of 0.01. The steady state only knows the power relative to the
-# conductivity, so one of them must be known: here the conductivity of the cold rod.
+# The truth, and measurements with an error of 0.01. The steady state only knows the power
+# relative to the conductivity, so one of them must be known: here the conductivity of the cold
+# rod.
 
 truth = {"slope": -0.5, "place": 0.35, "log_power": 3.5}
 steady_state = bx.argmin(bx.Root(balance))
@@ -62,7 +64,8 @@ def misfit(u, theta, readings):
 
 
 # %%
-# The inner solver is Newton's method, the default for a `Root`, started each time at the last steady state.
+# The inner solver is Newton's method, the default for a `Root`, started each time at the last
+# steady state.
 
 problem = bx.Bilevel(bx.Root(simulator), misfit, outer_data=readings)
 theta0 = {"slope": 0.0, "place": 0.5, "log_power": 3.0}
@@ -75,7 +78,8 @@ for name, value in solution.theta.items():
     print(f"{name:14}{theta0[name]:10.3f}{value:12.4f}{truth[name]:10.3f}")
 
 # %%
-# The Jacobian `D x*` answers more questions: how far errors of the thermometers move the estimates, for one.
+# The Jacobian `D x*` answers more questions: how far errors of the thermometers move the
+# estimates, for one.
 
 jacobian = bx.jacobian(problem, solution.x, solution.theta).value
 sensitivity = np.stack([np.asarray(jacobian[name])[sensors] / 0.01 for name in theta0], axis=1)

@@ -2,14 +2,13 @@
 Scikit-learn as the inner solver
 ================================
 
-The strength `C` of a `LogisticRegression` is usually searched on a grid: one number, because a grid of
-several is out of reach. With a hypergradient several cost no more than one.
+The strength `C` of a `LogisticRegression` is usually searched on a grid: one number, because a
+grid of several is out of reach. With a hypergradient several cost no more than one.
 
-Scikit-learn's breast cancer data has 30 features in three groups: mean, standard error and
-worst value of ten measurements. We learn one strength per group. Scikit-learn does the fitting.
+Scikit-learn's breast cancer data has 30 features in three groups: mean, standard error and worst
+value of ten measurements. We learn one strength per group. Scikit-learn does the fitting.
 """
 
-import bilevax as bx
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -18,6 +17,8 @@ import optax
 from sklearn.datasets import load_breast_cancer
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+
+import bilevax as bx
 
 jax.config.update("jax_enable_x64", True)
 
@@ -48,8 +49,8 @@ def outer(x, theta, data):
 
 
 # %%
-# Scikit-learn knows one strength only, but a feature that is divided by the root of its strength has
-# its own. `C` multiplies the sum of the losses where we have the mean.
+# Scikit-learn knows one strength only, but a feature that is divided by the root of its strength
+# has its own. `C` multiplies the sum of the losses where we have the mean.
 
 
 def sklearn_fit(x0, theta, data):
@@ -84,8 +85,8 @@ for name, x in (("best single strength", single), ("one per group", solution.x))
     print(f"{name:22}{loss(x, validation):10.4f}{loss(x, test):8.4f}")
 
 # %%
-# The validation loss is always better with three strengths than with one: it is what was minimised. The
-# test loss says whether it was worth it.
+# The validation loss is always better with three strengths than with one: it is what was
+# minimised. The test loss says whether it was worth it.
 
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
 axes[0].plot(grid, losses, "o-", label="one strength, on a grid")
