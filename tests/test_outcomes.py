@@ -247,7 +247,7 @@ def test_more_inner_steps_are_the_first_remedy():
         bx.Descent(optax.sgd(0.5), num_steps=12, rtol=1e-8), optimizer=optax.sgd(0.1)
     )
     with pytest.warns(RuntimeWarning, match="inner_not_converged"):
-        solution = bx.solve(problem, jnp.full(2, 100.0), jnp.zeros(2), method, num_steps=150)
+        solution = bx.solve(problem, jnp.full(2, 100.0), jnp.ones(2), method, num_steps=150)
     assert solution.result == bx.RESULTS.successful
     assert solution.history.result[0] == "inner_not_converged"
     assert float(jnp.max(jnp.abs(solution.theta - 3.0))) < 0.1

@@ -269,9 +269,7 @@ class _Bound(eqx.Module):
     theta_static: PyTree
 
     def __call__(self, x: PyTree, theta: PyTree, *data: PyTree) -> Any:
-        return self.fn(
-            eqx.combine(x, self.x_static), eqx.combine(theta, self.theta_static), *data
-        )
+        return self.fn(eqx.combine(x, self.x_static), eqx.combine(theta, self.theta_static), *data)
 
 
 class _BoundStart(eqx.Module):

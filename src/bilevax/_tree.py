@@ -9,6 +9,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import optax
 from jaxtyping import Array, Bool, PyTree, Scalar
 
 
@@ -154,18 +155,29 @@ class Opaque:
         self.value = value
 
 
-def closure_to_pytree(fn: Any) -> Any:
+def optimizer_as_pytree(optimizer: optax.GradientTransformation) -> Any:
     """An Optax optimiser (a tuple of closures) as a pytree, its numbers as arrays.
 
     Then a new optimiser of the same kind, with another learning rate, compiles nothing.
     The arrays are weakly typed, as the Python numbers were, so that they do not promote
-    float32 parameters. To be called under `standard_promotion`.
+    float32 parameters. To be called under `standard_promotion`. An optimiser that cannot
+    do with arrays (a schedule that closes over itself, a line search that hashes its
+    settings) stays as it is.
     """
+
+    def first_update(optimizer: Any, x: Array) -> PyTree:
+        update = optax.with_extra_args_support(optimizer).update
+        value = jnp.sum(x)
+        return update(x, optimizer.init(x), x, value=value, grad=x, value_fn=jnp.sum)
+
     try:
-        fn = eqxi.closure_to_pytree(fn)
-    except ValueError:  # a function that closes over itself: optax.exponential_decay has one
-        return fn
-    return jtu.tree_map(lambda a: jnp.asarray(a) if isinstance(a, float) else a, fn)
+        as_pytree = eqxi.closure_to_pytree(optimizer)
+        as_pytree = jtu.tree_map(lambda a: jnp.asarray(a) if isinstance(a, float) else a, as_pytree)
+        with standard_promotion():
+            eqx.filter_eval_shape(first_update, as_pytree, jnp.ones(2))
+    except (TypeError, ValueError):  # tracing errors of JAX are among these
+        return optimizer
+    return as_pytree
 
 
 def standard_promotion() -> Any:

@@ -292,7 +292,17 @@ def estimate_through(
         value, aux = problem.outer_value(x, theta)
         return value, (aux, x, inner_state, num_steps, num_back)
 
-    (value, rest), grad = jax.value_and_grad(truncated_problem, has_aux=True)(theta)
+    try:
+        (value, rest), grad = jax.value_and_grad(truncated_problem, has_aux=True)(theta)
+    except ValueError as error:
+        if "Reverse-mode differentiation does not work" not in str(error):
+            raise
+        raise TypeError(
+            f"A step of the inner solver {_name(inner_solver)} contains a loop of unknown length "
+            "(a line search, or a linear solve by CG), which cannot be differentiated backwards. "
+            "Use bx.Implicit(), or an inner solver without it: bx.LBFGS(), bx.NewtonCG(dense=True) "
+            "for few variables, optax.lbfgs(learning_rate, linesearch=None)."
+        ) from error
     aux, x, inner_state, num_steps, num_back = rest
     residual = tree_norm(problem.inner.residual(x, theta))
     result = RESULTS.where(tree_all_finite((value, grad)), RESULTS.successful, RESULTS.nonfinite)
@@ -348,6 +358,10 @@ def _check_stepping(rule: AbstractHypergradient, inner_solver: AbstractInnerSolv
             f"{type(inner_solver).__name__} has none that JAX can see. Use bx.Implicit(), or an "
             "inner solver such as bx.Descent(optimizer, num_steps=...)."
         )
+
+
+def _name(inner_solver: AbstractInnerSolver) -> str:
+    return type(getattr(inner_solver, "solver", inner_solver)).__name__
 
 
 def _check_every_step_moves(solver: optx.AbstractIterativeSolver) -> None:

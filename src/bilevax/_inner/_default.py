@@ -7,8 +7,10 @@ import optimistix as optx
 from jaxtyping import PyTree
 
 from .._problem import AbstractCondition, FixedPoint, Root
-from .._tree import default_rtol
+from .._tree import default_rtol, tree_size
 from ._base import AbstractInnerSolver
+from ._external import Given
+from ._measured import AbstractMeasuredMinimiser
 from ._newton_cg import NewtonCG
 from ._optimistix import Optimistix
 
@@ -28,6 +30,8 @@ def as_inner_solver(solver: Any, condition: AbstractCondition, x0: PyTree) -> Ab
             solver = optx.FixedPointIteration(rtol=tolerance, atol=tolerance)
         else:
             solver = NewtonCG()
+    if isinstance(solver, AbstractMeasuredMinimiser) and tree_size(x0) == 0:
+        return Given()  # no inner variables: nothing to solve for
     if isinstance(solver, AbstractInnerSolver):
         return solver
     if isinstance(solver, optx.AbstractIterativeSolver):

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from .._problem import AbstractCondition, objective
-from .._tree import closure_to_pytree, default_rtol, standard_promotion, strong, tree_norm
+from .._tree import default_rtol, optimizer_as_pytree, standard_promotion, strong, tree_norm
 from ._base import (
     AbstractSteppingSolver,
     Counts,
@@ -73,7 +73,8 @@ class Descent(AbstractSteppingSolver):
                 f"or a function of theta that returns one; got {type(optimizer).__name__}."
             )
         check_positive(num_steps, "num_steps")
-        self.optimizer = closure_to_pytree(optimizer)
+        is_fixed = isinstance(optimizer, optax.GradientTransformation)
+        self.optimizer = optimizer_as_pytree(optimizer) if is_fixed else optimizer
         self.num_steps = num_steps
         self.rtol = rtol
         self.atol = atol

@@ -181,9 +181,7 @@ class NewtonCG(AbstractMeasuredMinimiser):
         return tree_where(accept, state.y_eval, y), new_state, aux
 
     def _is_dense(self, y: PyTree[Array]) -> bool:
-        if self.dense is None:
-            return 0 < tree_size(y) <= _DENSE_SIZE
-        return self.dense
+        return tree_size(y) <= _DENSE_SIZE if self.dense is None else self.dense
 
 
 class _State(AbstractMeasuredState):

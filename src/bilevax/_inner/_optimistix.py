@@ -31,12 +31,15 @@ class Optimistix(AbstractSteppingSolver):
 
     The outcome is judged by the residual measured at the returned `x`, with the
     solver's own `rtol` and `atol`: see `measure`. Optimistix' own verdict does not count,
-    because several of its solvers say "successful" where they stall.
+    because several of its solvers say "successful" where they stall. Solvers that stop on
+    the length of their step may leave a gradient larger than that: short steps are no
+    proof of a small gradient. Then ask the solver for more, or say here what is enough.
 
     **Arguments:**
 
     - `solver`: the Optimistix solver.
     - `max_steps`: the most steps it may take.
+    - `rtol`, `atol`: what the residual must meet; by default what the solver was asked for.
 
     **Cost:** one gradient a step is counted for solvers that do not count themselves,
     plus one gradient and one Hessian product for the measurement.
@@ -52,8 +55,17 @@ class Optimistix(AbstractSteppingSolver):
 
     solver: optx.AbstractIterativeSolver
     max_steps: int
+    rtol: float | None
+    atol: float | None
 
-    def __init__(self, solver: optx.AbstractIterativeSolver, max_steps: int = 1_000) -> None:
+    def __init__(
+        self,
+        solver: optx.AbstractIterativeSolver,
+        max_steps: int = 1_000,
+        *,
+        rtol: float | None = None,
+        atol: float | None = None,
+    ) -> None:
         if not isinstance(solver, optx.AbstractIterativeSolver):
             raise TypeError(
                 "`Optimistix` wraps a solver of Optimistix such as optx.BFGS(...); got "
@@ -62,6 +74,8 @@ class Optimistix(AbstractSteppingSolver):
         check_positive(max_steps, "max_steps")
         self.solver = solver
         self.max_steps = max_steps
+        self.rtol = rtol
+        self.atol = atol
 
     @property
     def is_fixed_length(self) -> bool:
@@ -110,7 +124,8 @@ class Optimistix(AbstractSteppingSolver):
         x, stats = self._postprocess(condition, theta, carry)
         if not isinstance(self.solver, AbstractMeasuredMinimiser):
             counts = Counts(gradients=count)
-            rtol, atol = self.solver.rtol, self.solver.atol
+            rtol = self.solver.rtol if self.rtol is None else self.rtol
+            atol = self.solver.atol if self.atol is None else self.atol
             return measure(condition, x, x0, theta, rtol, atol, count, counts), None
         solution = InnerSolution(
             x=x,

@@ -15,7 +15,7 @@ from .._hypergradient._implicit import Implicit
 from .._inner._default import as_inner_solver
 from .._problem import Bilevel, start_at
 from .._results import RESULTS
-from .._tree import closure_to_pytree, tree_all_finite, tree_norm, tree_where, tree_zeros_like
+from .._tree import optimizer_as_pytree, tree_all_finite, tree_norm, tree_where, tree_zeros_like
 from ._base import AbstractMethod, StepInfo
 from ._update import initial_update, next_point, update
 
@@ -90,7 +90,7 @@ class DoubleLoop(AbstractMethod):
             )
         self.inner_solver = inner_solver
         self.hypergradient = hypergradient
-        self.optimizer = closure_to_pytree(optimizer) if _is_optax(optimizer) else optimizer
+        self.optimizer = optimizer_as_pytree(optimizer) if _is_optax(optimizer) else optimizer
         self.warm_start_inner = warm_start_inner
         self.warm_start_adjoint = warm_start_adjoint
 

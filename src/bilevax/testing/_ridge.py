@@ -48,7 +48,7 @@ def least_squares(dtype: Any = float) -> Oracle:
 def ridge_log_lambda(dtype: Any = float) -> Oracle:
     """One strength `exp(theta)` for all features, theta a scalar."""
     # imported here: SciPy is not needed by any other oracle
-    from scipy.optimize import brentq  # noqa: PLC0415
+    from scipy.optimize import brentq
 
     theta = cast(np.log(0.3), dtype)
     data = _data(12, 4, 9, 0.0, (0.37, 0.31), dtype)
