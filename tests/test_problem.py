@@ -138,3 +138,13 @@ def test_empty_theta_and_empty_x_are_allowed():
     for inner_solver in (None, bx.LBFGS(), bx.Descent(optax.sgd(0.1), num_steps=2)):
         estimate, _ = bx.hypergradient(problem, {}, jnp.ones(2), inner_solver=inner_solver)
         np.testing.assert_allclose(estimate.grad, 2 * jnp.ones(2))
+
+
+def test_a_state_from_another_call_is_refused():
+    problem = bx.Bilevel(quadratic, outer)
+    _, state = bx.hypergradient(problem, jnp.ones(2), jnp.ones(2))
+    solver = bx.Descent(optax.sgd(0.1), num_steps=5)
+    with pytest.raises(ValueError, match="`state` does not fit"):
+        bx.hypergradient(
+            problem, jnp.ones(2), jnp.ones(2), inner_solver=solver, rule=bx.Unrolled(), state=state
+        )

@@ -199,11 +199,29 @@ def _estimate(
 ) -> tuple[Estimate, HypergradientState]:
     bound, start, theta_arrays = prepare(problem, x0, theta)
     solver = as_inner_solver(inner_solver, bound.inner, start_at(start, theta_arrays))
+    _check_state(rule, state, rule.init(bound, solver, start, theta_arrays))
     estimate, state = rule.estimate(bound, solver, start, theta_arrays, state)
     return (
         _in_user_structure(estimate, bound, theta_arrays),
         _in_user_structure(state, bound, theta_arrays),
     )
+
+
+def _check_state(
+    rule: AbstractHypergradient, state: HypergradientState, fresh: HypergradientState
+) -> None:
+    """Raise if `state` comes from another problem, inner solver or rule."""
+
+    def shapes(state: HypergradientState) -> Any:
+        arrays = eqx.filter((state.v, state.inner), eqx.is_array)
+        return jax.tree_util.tree_map(lambda a: (a.shape, a.dtype), arrays)
+
+    if shapes(state) != shapes(fresh):
+        raise ValueError(
+            f"`state` does not fit: `{type(rule).__name__}` with this inner solver expects "
+            f"{shapes(fresh)} for (v, the solver's state); got {shapes(state)}. Give the state "
+            "that the same call returned, or state=None."
+        )
 
 
 def _in_user_structure(record: Any, bound: Bilevel, theta: PyTree) -> Any:
