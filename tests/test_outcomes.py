@@ -251,3 +251,15 @@ def test_more_inner_steps_are_the_first_remedy():
     assert solution.result == bx.RESULTS.successful
     assert solution.history.result[0] == "inner_not_converged"
     assert float(jnp.max(jnp.abs(solution.theta - 3.0))) < 0.1
+
+
+def test_a_line_search_rejects_a_trial_that_is_not_finite():
+    problem = bx.Bilevel(
+        lambda x, t: 0.5 * (x - t) ** 2,
+        lambda x, t: jnp.where(x < 10, 20 * (x - 1) ** 2, jnp.nan),
+    )
+    method = bx.DoubleLoop(optimizer=optx.BFGS(rtol=1e-8, atol=1e-8))
+    with pytest.warns(RuntimeWarning, match="nonfinite"):  # the first trial is x = 40
+        solution = bx.solve(problem, 0.0, 0.0, method, num_steps=30)
+    assert solution.result == bx.RESULTS.successful
+    assert float(solution.theta) == pytest.approx(1.0, rel=1e-4)

@@ -184,7 +184,8 @@ def test_unrolling_a_converged_quasi_newton_solver_is_finite_and_right():
 
 
 def test_truncated_refuses_solvers_whose_last_steps_are_rejected_trials():
-    for solver in (optx.BFGS(1e-9, 1e-9), optx.BestSoFarMinimiser(optx.LBFGS(1e-9, 1e-9))):
+    best = optx.BestSoFarMinimiser(optx.LBFGS(1e-9, 1e-9))
+    for solver in (optx.BFGS(1e-9, 1e-9), best, bx.LBFGS(), bx.NewtonCG(dense=True)):
         with pytest.raises(TypeError, match="rejected trials"):
             bx.hypergradient(
                 ORACLE.problem,

@@ -10,6 +10,7 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, run
+from .._inner._measured import AbstractMeasuredMinimiser
 from .._inner._optimistix import Optimistix, check_positive
 from .._problem import AbstractCondition, Bilevel, start_at
 from .._results import RESULTS
@@ -147,9 +148,8 @@ class Truncated(AbstractHypergradient):
     - `checkpoints`: as in `Unrolled`.
 
     What is differentiated: theta where it enters the last K steps; a dependence of `x0`
-    on theta is ignored. Optimistix solvers with a line search or a trust region are
-    refused: near the solution their last steps are rejected trials, on which theta has no
-    influence.
+    on theta is ignored. Solvers with a line search or a trust region are refused: near the
+    solution their last steps are rejected trials, on which theta has no influence.
 
     **Cost:** N steps forward (a solver that stops by itself runs twice, the first time to
     learn N), K recomputed, K back. Memory of `2 sqrt(K)` carries.
@@ -367,7 +367,8 @@ def _name(inner_solver: AbstractInnerSolver) -> str:
 def _check_every_step_moves(solver: optx.AbstractIterativeSolver) -> None:
     inner = getattr(solver, "solver", solver)  # BestSoFarMinimiser and its siblings
     search = getattr(inner, "search", None)
-    if not (search is None or isinstance(search, optx.LearningRate)):
+    searches = not (search is None or isinstance(search, optx.LearningRate))
+    if searches or isinstance(inner, AbstractMeasuredMinimiser):
         raise TypeError(
             f"`Truncated` differentiates the last steps, and those of {type(inner).__name__} may "
             "be rejected trials of its search, which do not depend on theta. Use bx.Implicit() "

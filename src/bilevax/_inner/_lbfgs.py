@@ -69,13 +69,16 @@ class LBFGS(AbstractMeasuredMinimiser):
     slope near the floor: Hager and Zhang, SIAM J. Optim. 16 (2005), equation (4.1).
     """
 
-    rtol: float | None
-    atol: float
+    rtol: float | Scalar | None
+    atol: float | Scalar
     history_length: int
 
     # Written out, because type checkers take Optimistix' abstract `norm` for an argument.
     def __init__(
-        self, rtol: float | None = None, atol: float = 0.0, history_length: int = 10
+        self,
+        rtol: float | Scalar | None = None,
+        atol: float | Scalar = 0.0,
+        history_length: int = 10,
     ) -> None:
         check_tolerance("LBFGS", rtol=rtol, atol=atol)
         check_count("LBFGS", history_length=history_length)

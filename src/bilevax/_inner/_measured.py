@@ -41,8 +41,8 @@ class AbstractMeasuredMinimiser(optx.AbstractMinimiser):
     Law: `is_done` exactly if `residual <= tolerance`, measured at the returned `y`.
     """
 
-    rtol: eqx.AbstractVar[float | None]
-    atol: eqx.AbstractVar[float]
+    rtol: eqx.AbstractVar[float | Scalar | None]
+    atol: eqx.AbstractVar[float | Scalar]
 
     @property
     def norm(self) -> Callable[[PyTree], Scalar]:  # type: ignore[override]

@@ -66,16 +66,16 @@ class NewtonCG(AbstractMeasuredMinimiser):
     method", SIAM J. Sci. Comput. 17 (1996), equation (2.2).
     """
 
-    rtol: float | None
-    atol: float
+    rtol: float | Scalar | None
+    atol: float | Scalar
     max_cg_steps: int
     dense: bool | None
 
     # Written out, because type checkers take Optimistix' abstract `norm` for an argument.
     def __init__(
         self,
-        rtol: float | None = None,
-        atol: float = 0.0,
+        rtol: float | Scalar | None = None,
+        atol: float | Scalar = 0.0,
         max_cg_steps: int = 1_000,
         dense: bool | None = None,
     ) -> None:

@@ -17,7 +17,7 @@ from .._problem import Bilevel, start_at
 from .._results import RESULTS
 from .._tree import optimizer_as_pytree, tree_all_finite, tree_norm, tree_where, tree_zeros_like
 from ._base import AbstractMethod, StepInfo
-from ._update import initial_update, next_point, update
+from ._update import can_reject, initial_update, next_point, rejected, update
 
 
 class DoubleLoop(AbstractMethod):
@@ -40,8 +40,9 @@ class DoubleLoop(AbstractMethod):
     A flagged hypergradient is recorded and, unless it is only the precision floor that
     was met, theta does not move on it. The fallback: twice, the inner and adjoint solves
     go on from where they stopped (more steps at the same theta); then, and at once if
-    something is not finite, theta goes back half of its last step; after ten failures in
-    a row the method gives up.
+    something is not finite, theta goes back half of its last step (an Optimistix
+    minimiser rejects its trial and searches on); after ten failures in a row the method
+    gives up.
 
     **Cost:** an inner solve and a hypergradient for each outer step.
 
@@ -90,7 +91,11 @@ class DoubleLoop(AbstractMethod):
             )
         self.inner_solver = inner_solver
         self.hypergradient = hypergradient
-        self.optimizer = optimizer_as_pytree(optimizer) if _is_optax(optimizer) else optimizer
+        self.optimizer = (
+            optimizer_as_pytree(optimizer)
+            if isinstance(optimizer, optax.GradientTransformation)
+            else optimizer
+        )
         self.warm_start_inner = warm_start_inner
         self.warm_start_adjoint = warm_start_adjoint
 
@@ -122,12 +127,16 @@ class DoubleLoop(AbstractMethod):
         estimate, hypergradient = self.hypergradient.estimate(problem, solver, start, point, warm)
         # 2. a failure does not move theta along it
         usable = (estimate.result == RESULTS.successful) | (estimate.result == RESULTS.stalled)
-        theta, optimizer, done = update(self.optimizer, state.theta, state.optimizer, estimate)
-        retry_theta, hypergradient, num_failures = _fall_back(
+        retry_theta, hypergradient, num_failures, go_back = _fall_back(
             state, estimate, hypergradient, usable
         )
-        # 3. the outer step
         moved = usable & move
+        seen = estimate
+        if can_reject(self.optimizer):  # a line search goes back by itself
+            retry_theta, seen = state.theta, rejected(estimate, usable)
+            moved = (usable | go_back) & move
+        # 3. the outer step
+        theta, optimizer, done = update(self.optimizer, state.theta, state.optimizer, seen)
         new_state = DoubleLoopState(
             theta=tree_where(moved, theta, tree_where(move, retry_theta, state.theta)),
             point=point,
@@ -144,7 +153,7 @@ class DoubleLoop(AbstractMethod):
             adjoint_residual=estimate.adjoint_residual,
             result=estimate.result,
             stats=estimate.stats,
-            should_stop=done & moved,
+            should_stop=done & moved & usable,
             gave_up=num_failures >= _MAX_FAILURES,
         )
         return new_state, info
@@ -181,11 +190,11 @@ def _fall_back(
     estimate: Estimate,
     hypergradient: HypergradientState,
     usable: Bool[Array, ""],
-) -> tuple[PyTree, HypergradientState, Int[Array, ""]]:
-    """Theta, warm starts and the count of failures after an estimate that may be flagged."""
+) -> tuple[PyTree, HypergradientState, Int[Array, ""], Bool[Array, ""]]:
+    """Theta, warm starts, the count of failures, and whether to go back half a step."""
     num_failures = jnp.where(usable, 0, state.num_failures + 1)
     finite = tree_all_finite((hypergradient, estimate.grad))
-    go_back = (num_failures > _NUM_RETRIES) | ~finite
+    go_back = ~usable & ((num_failures > _NUM_RETRIES) | ~finite)
     middle = jtu.tree_map(
         lambda a, b: jnp.where(jnp.isfinite(a), 0.5 * a + 0.5 * b, b),
         state.theta,
@@ -197,12 +206,8 @@ def _fall_back(
         keep_v = usable | (finite & (estimate.result == RESULTS.adjoint_not_converged))
         v = tree_where(keep_v, kept.v, tree_zeros_like(kept.v))
         kept = eqx.tree_at(lambda s: s.v, kept, v)
-    return tree_where(go_back, middle, state.theta), kept, num_failures
+    return tree_where(go_back, middle, state.theta), kept, num_failures, go_back
 
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.ShapeDtypeStruct)
-
-
-def _is_optax(optimizer: Any) -> bool:
-    return isinstance(optimizer, optax.GradientTransformation)

@@ -28,10 +28,22 @@ def initial_update(optimizer: Any, theta: PyTree) -> PyTree:
 
 def next_point(optimizer: Any, theta: PyTree, state: PyTree) -> PyTree:
     """Where the optimiser wants the hypergradient: theta, or the trial of a line search."""
-    if isinstance(optimizer, optax.GradientTransformation | optx.OptaxMinimiser):
+    if not can_reject(optimizer):
         return theta
     dynamic, static = state
     return eqx.combine(dynamic, static.value).y_eval
+
+
+def can_reject(optimizer: Any) -> bool:
+    """Whether the optimiser tries points that it may take back: it searches along a line."""
+    return not isinstance(optimizer, optax.GradientTransformation | optx.OptaxMinimiser)
+
+
+def rejected(estimate: Estimate, usable: Bool[Array, ""]) -> Estimate:
+    """`estimate`; where it is not usable, one that a line search rejects."""
+    grad = jtu.tree_map(lambda a: jnp.where(usable, a, 0), estimate.grad)
+    value = jnp.where(usable, estimate.value, jnp.inf)
+    return eqx.tree_at(lambda e: (e.value, e.grad), estimate, (value, grad))
 
 
 def update(
