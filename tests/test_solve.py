@@ -13,7 +13,7 @@ import optimistix as optx
 import pytest
 
 import bilevax as bx
-from bilevax._solve import _run_chunk
+from bilevax._outer._chunk import run_chunk
 from bilevax.testing import nested, quadratic_game, relative_error, ridge
 
 
@@ -87,7 +87,7 @@ def test_history_is_drawn(game):
 
 def test_second_call_compiles_nothing():
     first = ridge()
-    before = _run_chunk.num_compilations()
+    before = run_chunk.num_compilations()
 
     def run(theta, learning_rate, scale):
         problem = bx.Bilevel(
@@ -100,10 +100,10 @@ def test_second_call_compiles_nothing():
         return bx.solve(problem, first.x0, theta, method, num_steps=7)
 
     run(first.theta, 0.1, 1.0)
-    assert _run_chunk.num_compilations() == before + 1
+    assert run_chunk.num_compilations() == before + 1
     # another start, another learning rate, other data, equal but new solver objects
     run(first.theta + 1.0, 0.05, 1.1)
-    assert _run_chunk.num_compilations() == before + 1
+    assert run_chunk.num_compilations() == before + 1
 
 
 def test_tolerance_stops(game):

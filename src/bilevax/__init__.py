@@ -23,13 +23,15 @@ from ._linear import (
     Neumann as Neumann,
 )
 from ._hypergradient._implicit import Implicit as Implicit
-from ._hypergradient._unrolled import Truncated as Truncated, Unrolled as Unrolled
+from ._hypergradient._unrolled import Unrolled as Unrolled
+from ._hypergradient._truncated import Truncated as Truncated
 from ._hypergradient._one_step import OneStep as OneStep
 from ._hypergradient._base import Estimate as Estimate
 from ._hypergradient._entry import argmin as argmin, hypergradient as hypergradient
 from ._hypergradient._jacobian import Jacobian as Jacobian, jacobian as jacobian
 from ._outer._double_loop import DoubleLoop as DoubleLoop
-from ._solve import Progress as Progress, solve as solve
+from ._solve import solve as solve
+from ._report._progress import Progress as Progress
 from ._report._history import History as History
 from ._report._solution import Solution as Solution
 from ._results import RESULTS as RESULTS, SolveError as SolveError

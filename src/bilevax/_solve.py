@@ -1,12 +1,8 @@
 """`solve`: the only outer loop. Compiled in chunks; between chunks it talks to the person."""
 
-import dataclasses
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable
-from types import FrameType, TracebackType
 from typing import Any
 
 import equinox as eqx
@@ -14,41 +10,24 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from ._hypergradient._entry import check_types
 from ._inner._external import External
 from ._inner._optimistix import check_positive
-from ._outer._base import AbstractMethod, StepInfo
+from ._outer._base import AbstractMethod
+from ._outer._chunk import MAX_CHUNK, REASONS, columns, init_method, run_chunk
 from ._outer._double_loop import DoubleLoop
 from ._outer._update import next_point
 from ._problem import Bilevel, as_arrays, prepare, restore, start_at
-from ._report._history import COUNTS, STATS, History
-from ._report._progress import progress_bar
+from ._report._history import COUNTS, History
+from ._report._interrupt import Interrupt
+from ._report._progress import Progress, progress_bar
 from ._report._solution import Solution
 from ._results import RESULTS, SolveError
-from ._tree import lean_jit
 
-_MAX_CHUNK = 64  # rows of the buffer of a chunk
 _MAX_FINAL_EVALUATIONS = 5
 _CHUNK_SECONDS = 0.05  # seldom enough to cost nothing, often enough for a person
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Progress:
-    """What a callback is told: the last evaluation.
-
-    `x` and `value` belong to `theta`, which is the outer variable before the step that
-    followed.
-    """
-
-    num_steps: int
-    theta: PyTree[Array]
-    x: PyTree[Array]
-    aux: PyTree
-    value: float
-    hypergradient_norm: float
-    seconds: float
 
 
 def solve(
@@ -114,7 +93,7 @@ def solve(
     check_positive(num_steps, "num_steps")
     check_positive(callback_every, "callback_every")
     run = _Run(problem, x0, theta0, method)
-    with _Interrupt() as interrupt:
+    with Interrupt() as interrupt:
         stopped_by = run.loop(
             num_steps, (rtol, atol), callback, callback_every, progress, interrupt
         )
@@ -145,7 +124,7 @@ class _Run:
                 is_leaf=lambda leaf: leaf is None or isinstance(leaf, External),
             )
         self.method = method
-        self.state = _init(self.problem, self.method, self.x0, theta)
+        self.state = init_method(self.problem, self.method, self.x0, theta)
         self.rows: list[dict[str, np.ndarray]] = []
         self.num_moves = 0
         self.num_rows = 0
@@ -157,7 +136,7 @@ class _Run:
         callback: Callable[[Progress], Any] | None,
         callback_every: int,
         progress: bool | None,
-        interrupt: "_Interrupt",
+        interrupt: "Interrupt",
     ) -> str:
         """Chunks until something says stop; returns what did."""
         rtol, atol = tolerances
@@ -184,7 +163,7 @@ class _Run:
                     if is_good and last["hypergradient_norm"][0] <= tolerance:
                         return "tolerance"
                 else:  # the first chunk took compilation with it
-                    chunk = int(np.clip(_CHUNK_SECONDS / max(seconds, 1e-9), 1, _MAX_CHUNK))
+                    chunk = int(np.clip(_CHUNK_SECONDS / max(seconds, 1e-9), 1, MAX_CHUNK))
                 if callback is not None:
                     chunk = min(chunk, callback_every - self.num_moves % callback_every)
                 if self.external is not None:
@@ -203,7 +182,7 @@ class _Run:
         """One chunk; the reason to stop, if there is one."""
         if self.external is not None:
             self._solve_on_host(num_moves > 0)
-        self.state, infos, count, reason = _run_chunk(
+        self.state, infos, count, reason = run_chunk(
             self.state,
             self.problem,
             self.method,
@@ -216,12 +195,12 @@ class _Run:
         count = int(count)
         before = self.rows[-1]["seconds"][-1] if self.rows else 0.0
         now = time.perf_counter() - self.start_time
-        row = _columns(jax.tree_util.tree_map(lambda rows: rows[:count], infos))
+        row = columns(jax.tree_util.tree_map(lambda rows: rows[:count], infos))
         row["seconds"] = before + (now - before) * np.arange(1, count + 1) / count
         self.rows.append(row)
         self.num_rows += count
         self.num_moves += min(count, num_moves)
-        return _REASONS[int(reason)]
+        return REASONS[int(reason)]
 
     def _solve_on_host(self, moves: bool) -> None:
         """Run the black box where the method will look next."""
@@ -278,89 +257,6 @@ class _Run:
 
 
 _RESULT_NAMES = {int(item._value): name for name, item in RESULTS._name_to_item.items()}
-_REASONS = {0: None, 1: "tolerance", 2: "optimizer", 3: "failure"}
-
-
-@lean_jit
-def _init(problem: Bilevel, method: AbstractMethod, x0: PyTree, theta: PyTree) -> Any:
-    # Copied, because the chunks overwrite the state and the arrays are the caller's.
-    x0, theta = jtu.tree_map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, (x0, theta))
-    return method.init(problem, x0, theta)
-
-
-def _chunk(
-    state: Any,
-    problem: Bilevel,
-    method: AbstractMethod,
-    x0: PyTree,
-    num_moves: Array,
-    num_evaluations: Array,
-    tolerance: Array,
-) -> tuple[Any, tuple[Array, Array], Array, Array]:
-    """At most `num_evaluations` steps, of which the first `num_moves` move theta.
-
-    The number of steps is an argument, so that chunks of any length are one program.
-    """
-    dynamic, static = eqx.partition(state, eqx.is_array)
-
-    def step(dynamic: Any, move: Array) -> tuple[Any, StepInfo]:
-        state = eqx.combine(dynamic, static)
-        new_state, info = method.step(problem, x0, state, move)
-        return eqx.filter(new_state, eqx.is_array), info
-
-    # One row of numbers a step: a dozen small arrays would compile to a dozen kernels.
-    info_struct = jax.eval_shape(step, dynamic, jnp.array(True))[1]
-    buffers = jax.tree_util.tree_map(
-        lambda s: jnp.zeros((_MAX_CHUNK, *s.shape), s.dtype), jax.eval_shape(_pack, info_struct)
-    )
-
-    def keep_going(carry: tuple) -> Array:
-        _, _, count, reason = carry
-        return (count < num_evaluations) & (reason == 0)
-
-    def body(carry: tuple) -> tuple:
-        dynamic, buffers, count, _ = carry
-        dynamic, info = step(dynamic, count < num_moves)
-        buffers = jtu.tree_map(lambda b, row: b.at[count].set(row), buffers, _pack(info))
-        return dynamic, buffers, count + 1, _reason(info, tolerance)
-
-    zero = jnp.asarray(0, jnp.int32)
-    carry = jax.lax.while_loop(keep_going, body, (dynamic, buffers, zero, zero))
-    dynamic, buffers, count, reason = carry
-    return eqx.combine(dynamic, static), buffers, count, reason
-
-
-_run_chunk = lean_jit(_chunk, donate_first=True)
-
-
-def _reason(info: StepInfo, tolerance: Array) -> Array:
-    """The code, in `_REASONS`, of what stops the run after this step; 0 for nothing."""
-    is_small = info.hypergradient_norm <= tolerance
-    is_small = is_small & (info.result == RESULTS.successful)
-    reason = jnp.where(is_small, 1, jnp.where(info.should_stop, 2, 0))
-    return jnp.where(info.gave_up, 3, reason).astype(jnp.int32)
-
-
-_FLOATS = ("value", "hypergradient_norm", "inner_residual", "adjoint_residual")
-
-
-def _pack(info: StepInfo) -> tuple[Array, Array]:
-    """An info as a row of floats and a row of integers; `_columns` is the inverse."""
-    floats = [getattr(info, name) for name in _FLOATS]
-    dtype = jnp.zeros(()).dtype
-    integers = [info.result._value, *(info.stats[name] for name in sorted(STATS))]
-    return (
-        jnp.stack([jnp.asarray(a, dtype) for a in floats]),
-        jnp.stack([jnp.asarray(a, jnp.int32) for a in integers]),
-    )
-
-
-def _columns(rows: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
-    """The columns of the history in the rows of a chunk."""
-    floats, integers = rows
-    columns = dict(zip(_FLOATS, floats.T, strict=True))
-    names = ("result", *sorted(STATS))
-    return {**columns, **dict(zip(names, integers.T, strict=True))}
 
 
 def _report_failures(solution: Solution, throw: bool) -> None:
@@ -370,32 +266,3 @@ def _report_failures(solution: Solution, throw: bool) -> None:
         raise SolveError(str(solution), solution.result)
     if failed or solution.stats["num_flagged"]:
         warnings.warn(str(solution), RuntimeWarning, stacklevel=3)
-
-
-class _Interrupt:
-    """Ctrl-C as a request: the first is remembered, the second interrupts."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
-
-    def __enter__(self) -> "_Interrupt":
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        del kind, error, traceback
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)

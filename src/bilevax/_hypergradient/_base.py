@@ -98,6 +98,15 @@ class AbstractHypergradient(optx.AbstractAdjoint):
         """Whether a dependence of `x0` on theta reaches the hypergradient."""
 
 
+STATS = (
+    "num_adjoint_steps",
+    "num_cross_products",
+    "num_gradients",
+    "num_hessian_products",
+    "num_inner_steps",
+)
+
+
 def as_stats(counts: Counts, num_inner_steps: Any, num_adjoint_steps: Any) -> dict[str, Array]:
     """The `stats` of an estimate."""
     return {

@@ -12,7 +12,7 @@ from .._problem import AbstractCondition, Bilevel, Root, start_at
 from .._tree import stop_gradient, tree_scale
 from ._base import AbstractHypergradient, Estimate, HypergradientState
 from ._implicit import Implicit
-from ._unrolled import estimate_through
+from ._through_steps import Unrolling, estimate_through
 
 
 class OneStep(AbstractHypergradient):
@@ -122,7 +122,7 @@ def _last_step(
     x0: PyTree,
     theta: PyTree,
     state: PyTree,
-) -> tuple[PyTree, PyTree, Array, Array]:
+) -> Unrolling:
     """One more step after the solver's own, the only one that is differentiated."""
     fixed_condition, fixed_theta = stop_gradient((condition, theta))
     x0 = stop_gradient(start_at(x0, theta))

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 COUNTS = ("num_gradients", "num_hessian_products", "num_cross_products")
-STATS = (*COUNTS, "num_inner_steps", "num_adjoint_steps")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

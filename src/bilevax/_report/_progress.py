@@ -1,8 +1,28 @@
 """What a person sees while it runs."""
 
+import dataclasses
 import os
 import sys
 from typing import Any
+
+from jaxtyping import Array, PyTree
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Progress:
+    """What a callback is told: the last evaluation.
+
+    `x` and `value` belong to `theta`, which is the outer variable before the step that
+    followed.
+    """
+
+    num_steps: int
+    theta: PyTree[Array]
+    x: PyTree[Array]
+    aux: PyTree
+    value: float
+    hypergradient_norm: float
+    seconds: float
 
 
 def progress_bar(total: int, progress: bool | None) -> Any:

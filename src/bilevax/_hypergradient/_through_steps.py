@@ -1,0 +1,154 @@
+"""What the rules share that differentiate `x` as a function of theta, through steps."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts
+from .._problem import AbstractCondition, Bilevel, start_at
+from .._results import RESULTS
+from .._tree import tree_all_finite, tree_norm
+from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
+from ._implicit import or_fail
+from ._scan import Checkpoints, repeat
+
+# x, the solver's state for the next solve, the steps taken, the steps differentiated
+Unrolling = tuple[PyTree, PyTree, Array, Array]
+
+
+class AbstractThroughSteps(AbstractHypergradient):
+    """A rule that differentiates the steps of the inner solver.
+
+    Law: `unroll` returns the `x` of the inner solver's own steps, differentiable in theta
+    and the arrays of `condition` as the rule says.
+    """
+
+    @abc.abstractmethod
+    def unroll(
+        self,
+        condition: AbstractCondition,
+        solver: AbstractSteppingSolver,
+        x0: PyTree,
+        theta: PyTree,
+        state: PyTree,
+    ) -> Unrolling:
+        """`x` as a differentiable function of theta."""
+
+    def init(
+        self, problem: Bilevel, inner_solver: AbstractInnerSolver, x0: PyTree, theta: PyTree
+    ) -> HypergradientState:
+        self._check_stepping(inner_solver)
+        x = start_at(x0, theta)
+        inner = inner_solver.init(problem.inner, x, theta)
+        return HypergradientState(x=x, v=None, inner=inner)
+
+    def estimate(
+        self,
+        problem: Bilevel,
+        inner_solver: AbstractInnerSolver,
+        x0: PyTree,
+        theta: PyTree,
+        state: HypergradientState,
+    ) -> tuple[Estimate, HypergradientState]:
+        return estimate_through(self.unroll, problem, inner_solver, x0, theta, state)
+
+    def solution(
+        self,
+        condition: AbstractCondition,
+        inner_solver: AbstractInnerSolver,
+        x0: PyTree,
+        theta: PyTree,
+        throw: bool,
+    ) -> PyTree[Array]:
+        stepping = self._check_stepping(inner_solver)
+        state = stepping.init(condition, start_at(x0, theta), theta)
+        x, *_ = self.unroll(condition, stepping, x0, theta, state)
+        result = RESULTS.where(tree_all_finite(x), RESULTS.successful, RESULTS.nonfinite)
+        return or_fail(x, result, throw) if throw else x
+
+    def _check_stepping(self, inner_solver: AbstractInnerSolver) -> AbstractSteppingSolver:
+        if not isinstance(inner_solver, AbstractSteppingSolver):
+            raise TypeError(
+                f"`{type(self).__name__}` differentiates the steps of the inner solver, and "
+                f"{type(inner_solver).__name__} has none that JAX can see. Use bx.Implicit(), or "
+                "an inner solver such as bx.Descent(optimizer, num_steps=...)."
+            )
+        return inner_solver
+
+
+def estimate_through(
+    unroll: Callable[..., Unrolling],
+    problem: Bilevel,
+    inner_solver: AbstractInnerSolver,
+    x0: PyTree,
+    theta: PyTree,
+    state: HypergradientState,
+) -> tuple[Estimate, HypergradientState]:
+    """The estimate of a rule that differentiates `x` as a function of theta."""
+
+    def truncated_problem(theta: PyTree) -> tuple[Array, Any]:
+        x, inner_state, num_steps, num_back = unroll(
+            problem.inner, inner_solver, x0, theta, state.inner
+        )
+        value, aux = problem.outer_value(x, theta)
+        return value, (aux, x, inner_state, num_steps, num_back)
+
+    try:
+        (value, rest), grad = jax.value_and_grad(truncated_problem, has_aux=True)(theta)
+    except ValueError as error:
+        if "Reverse-mode differentiation does not work" not in str(error):
+            raise
+        raise TypeError(
+            f"A step of the inner solver {_name(inner_solver)} contains a loop of unknown length "
+            "(a line search, or a linear solve by CG), which cannot be differentiated backwards. "
+            "Use bx.Implicit(), or an inner solver without it: bx.LBFGS(), bx.NewtonCG(dense=True) "
+            "for few variables, optax.lbfgs(learning_rate, linesearch=None)."
+        ) from error
+    aux, x, inner_state, num_steps, num_back = rest
+    residual = tree_norm(problem.inner.residual(x, theta))
+    result = RESULTS.where(tree_all_finite((value, grad)), RESULTS.successful, RESULTS.nonfinite)
+    # Going back through a step recomputes it (one gradient) and transposes its derivative.
+    counts = Counts(gradients=num_steps + num_back + 2, hessian=num_back, cross=num_back)
+    estimate = Estimate(
+        value=value,
+        grad=grad,
+        aux=aux,
+        x=x,
+        v=None,
+        inner_residual=residual,
+        inner_tolerance=jnp.full_like(residual, jnp.inf),
+        adjoint_residual=jnp.full_like(residual, jnp.nan),
+        result=result,
+        stats=as_stats(counts, num_steps, 0),
+    )
+    return estimate, HypergradientState(x=x, v=None, inner=inner_state)
+
+
+def repeat_until_done(
+    solver: AbstractSteppingSolver,
+    step: Callable[[PyTree], PyTree],
+    carry: PyTree,
+    length: int,
+    checkpoints: Checkpoints,
+) -> tuple[PyTree, Array]:
+    """`length` steps of a scan; those after the solver is done change nothing."""
+    if solver.is_fixed_length:
+        return repeat(step, carry, length, checkpoints), jnp.asarray(length, jnp.int32)
+
+    def guarded(state: tuple) -> tuple:
+        carry, count = state
+        # A cond and not a where: the step of a converged solver may be 0/0, and its
+        # derivative would be NaN through a where.
+        return jax.lax.cond(
+            solver.is_done(carry), lambda: (carry, count), lambda: (step(carry), count + 1)
+        )
+
+    return repeat(guarded, (carry, jnp.asarray(0, jnp.int32)), length, checkpoints)
+
+
+def _name(inner_solver: AbstractInnerSolver) -> str:
+    return type(getattr(inner_solver, "solver", inner_solver)).__name__

@@ -1,0 +1,101 @@
+"""Many outer steps as one compiled program."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from .._hypergradient._base import STATS
+from .._problem import Bilevel
+from .._results import RESULTS
+from .._tree import lean_jit
+from ._base import AbstractMethod, StepInfo
+
+MAX_CHUNK = 64  # rows of the buffer of a chunk
+REASONS = {0: None, 1: "tolerance", 2: "optimizer", 3: "failure"}
+
+
+@lean_jit
+def init_method(problem: Bilevel, method: AbstractMethod, x0: PyTree, theta: PyTree) -> Any:
+    # Copied, because the chunks overwrite the state and the arrays are the caller's.
+    x0, theta = jtu.tree_map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, (x0, theta))
+    return method.init(problem, x0, theta)
+
+
+def _chunk(
+    state: Any,
+    problem: Bilevel,
+    method: AbstractMethod,
+    x0: PyTree,
+    num_moves: Array,
+    num_evaluations: Array,
+    tolerance: Array,
+) -> tuple[Any, tuple[Array, Array], Array, Array]:
+    """At most `num_evaluations` steps, of which the first `num_moves` move theta.
+
+    The number of steps is an argument, so that chunks of any length are one program.
+    """
+    dynamic, static = eqx.partition(state, eqx.is_array)
+
+    def step(dynamic: Any, move: Array) -> tuple[Any, StepInfo]:
+        state = eqx.combine(dynamic, static)
+        new_state, info = method.step(problem, x0, state, move)
+        return eqx.filter(new_state, eqx.is_array), info
+
+    # One row of numbers a step: a dozen small arrays would compile to a dozen kernels.
+    info_struct = jax.eval_shape(step, dynamic, jnp.array(True))[1]
+    buffers = jax.tree_util.tree_map(
+        lambda s: jnp.zeros((MAX_CHUNK, *s.shape), s.dtype), jax.eval_shape(_pack, info_struct)
+    )
+
+    def keep_going(carry: tuple) -> Array:
+        _, _, count, reason = carry
+        return (count < num_evaluations) & (reason == 0)
+
+    def body(carry: tuple) -> tuple:
+        dynamic, buffers, count, _ = carry
+        dynamic, info = step(dynamic, count < num_moves)
+        buffers = jtu.tree_map(lambda b, row: b.at[count].set(row), buffers, _pack(info))
+        return dynamic, buffers, count + 1, _reason(info, tolerance)
+
+    zero = jnp.asarray(0, jnp.int32)
+    carry = jax.lax.while_loop(keep_going, body, (dynamic, buffers, zero, zero))
+    dynamic, buffers, count, reason = carry
+    return eqx.combine(dynamic, static), buffers, count, reason
+
+
+run_chunk = lean_jit(_chunk, donate_first=True)
+
+
+def _reason(info: StepInfo, tolerance: Array) -> Array:
+    """The code, in `REASONS`, of what stops the run after this step; 0 for nothing."""
+    is_small = info.hypergradient_norm <= tolerance
+    is_small = is_small & (info.result == RESULTS.successful)
+    reason = jnp.where(is_small, 1, jnp.where(info.should_stop, 2, 0))
+    return jnp.where(info.gave_up, 3, reason).astype(jnp.int32)
+
+
+_FLOATS = ("value", "hypergradient_norm", "inner_residual", "adjoint_residual")
+
+
+def _pack(info: StepInfo) -> tuple[Array, Array]:
+    """An info as a row of floats and a row of integers; `columns` is the inverse."""
+    floats = [getattr(info, name) for name in _FLOATS]
+    dtype = jnp.zeros(()).dtype
+    integers = [info.result._value, *(info.stats[name] for name in STATS)]
+    return (
+        jnp.stack([jnp.asarray(a, dtype) for a in floats]),
+        jnp.stack([jnp.asarray(a, jnp.int32) for a in integers]),
+    )
+
+
+def columns(rows: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns of the history in the rows of a chunk."""
+    floats, integers = rows
+    columns = dict(zip(_FLOATS, floats.T, strict=True))
+    names = ("result", *STATS)
+    return {**columns, **dict(zip(names, integers.T, strict=True))}
