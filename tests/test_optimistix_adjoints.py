@@ -27,14 +27,17 @@ def check(oracle, solve, bound):
     return value
 
 
-@pytest.mark.parametrize("name", RULES)
+BFGS, DESCENT = optx.BFGS(**TIGHT), optx.GradientDescent(0.15, **TIGHT)
+
+
 @pytest.mark.parametrize(
-    "solver", [optx.BFGS(**TIGHT), optx.GradientDescent(0.15, **TIGHT)], ids=["BFGS", "GD"]
+    ("name", "solver"),
+    # not ("Truncated", BFGS): refused, because its last steps are rejected trials
+    [(name, DESCENT) for name in RULES] + [(n, BFGS) for n in RULES if n != "Truncated"],
+    ids=lambda p: p if isinstance(p, str) else type(p).__name__,
 )
 def test_minimise(name, solver):
     rule, bound = RULES[name]
-    if name == "Truncated" and isinstance(solver, optx.BFGS):
-        pytest.skip("refused: its last steps are rejected trials")
     oracle = quadratic(condition=5.0)
 
     def solve(theta):

@@ -61,7 +61,12 @@ class LBFGS(AbstractMeasuredMinimiser):
     !!! example
 
         ```python
-        optx.minimise(fn, bx.LBFGS(rtol=1e-8), y0, args)
+        import bilevax as bx, jax.numpy as jnp, optimistix as optx
+
+        def ridge(x, theta):
+            return jnp.sum((x - 1.0) ** 2) + jnp.exp(theta) * jnp.sum(x**2)
+
+        optx.minimise(ridge, bx.LBFGS(), jnp.zeros(3), args=0.5).value
         ```
 
     Reference: Liu and Nocedal, "On the limited memory BFGS method for large scale

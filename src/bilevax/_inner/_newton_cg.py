@@ -59,7 +59,12 @@ class NewtonCG(AbstractMeasuredMinimiser):
     !!! example
 
         ```python
-        optx.minimise(fn, bx.NewtonCG(rtol=1e-8), y0, args)
+        import bilevax as bx, jax.numpy as jnp, optimistix as optx
+
+        def ridge(x, theta):
+            return jnp.sum((x - 1.0) ** 2) + jnp.exp(theta) * jnp.sum(x**2)
+
+        optx.minimise(ridge, bx.NewtonCG(), jnp.zeros(3), args=0.5).value
         ```
 
     Reference: Eisenstat and Walker, "Choosing the forcing terms in an inexact Newton

@@ -69,4 +69,5 @@ class _Bar:
         self._bar.update(num_steps)
 
     def close(self) -> None:
+        self._bar.refresh()  # a short run ends before the bar would be drawn again
         self._bar.close()
