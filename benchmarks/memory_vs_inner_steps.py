@@ -108,7 +108,9 @@ def hypergradients(num_steps: int, parameters: Any, data: Any) -> dict[str, Call
         "Optimistix, RecursiveCheckpointAdjoint": jax.value_and_grad(after_optimistix),
         "bx.Unrolled(checkpoints='all')": by_rule(bx.Unrolled(checkpoints="all")),
         "bx.Unrolled()": by_rule(bx.Unrolled()),
-        f"bx.Truncated({NUM_TRUNCATED})": by_rule(bx.Truncated(min(NUM_TRUNCATED, num_steps // 2))),
+        f"bx.Truncated, last {NUM_TRUNCATED} or K / 2": by_rule(
+            bx.Truncated(min(NUM_TRUNCATED, num_steps // 2))
+        ),
         f"bx.Implicit(bx.CG(num_steps={NUM_CG_STEPS}))": by_rule(
             bx.Implicit(bx.CG(num_steps=NUM_CG_STEPS), inexact=True)
         ),
