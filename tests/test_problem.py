@@ -49,6 +49,7 @@ def test_data_given_twice_are_refused():
         (quadratic, outer, jnp.ones(3), 2, "`theta` must be floating point"),
         (quadratic, outer, {"a": jnp.ones(3, int)}, 1.0, "`x0['a']` must be floating point"),
         (quadratic, outer, jnp.ones(3, complex), 1.0, "complex"),
+        (quadratic, outer, (jnp.ones(3), jnp.ones(3, jnp.float32)), 1.0, "float32, float64"),
         (bx.Root(lambda x, t: (x, x)), outer, jnp.ones(3), 1.0, "structure and shapes of x"),
         (bx.FixedPoint(lambda x, t: x[:2]), outer, jnp.ones(3), 1.0, "structure and shapes of x"),
     ],

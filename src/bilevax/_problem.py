@@ -230,6 +230,7 @@ def prepare(problem: Bilevel, x0: PyTree, theta: PyTree) -> tuple[Bilevel, PyTre
     theta_arrays, theta_static = _split(theta, "theta")
     start = x0(theta) if callable(x0) else x0
     x_arrays, x_static = _split(as_arrays(start), "x0")
+    _check_one_dtype(x_arrays)
     bound = problem
     if jtu.tree_leaves((x_static, theta_static)):
         bound = eqx.tree_at(
@@ -299,6 +300,16 @@ def _split(tree: PyTree, name: str) -> tuple[PyTree, PyTree]:
                 "jnp.asarray(..., dtype=float), or keep constants in the data."
             )
     return numeric, static
+
+
+def _check_one_dtype(x: PyTree) -> None:
+    """The inner variable is a vector: inner products of it need one precision."""
+    dtypes = sorted({str(leaf.dtype) for leaf in jtu.tree_leaves(x)})
+    if len(dtypes) > 1:
+        raise TypeError(
+            f"The leaves of `x0` must have one floating-point dtype; got {', '.join(dtypes)}. "
+            "Convert them with jnp.asarray(..., dtype=...)."
+        )
 
 
 def _check_values(problem: Bilevel, x: PyTree, theta: PyTree) -> None:
