@@ -222,10 +222,20 @@ def as_arrays(tree: PyTree) -> PyTree:
 def prepare(problem: Bilevel, x0: PyTree, theta: PyTree) -> tuple[Bilevel, PyTree, PyTree]:
     """Check the input once, at the door; below it nobody checks again.
 
+    `bind` and `check_values`. Traced at the top of every compiled entry point, so that a
+    second call pays nothing.
+    """
+    bound, start, theta_arrays = bind(problem, x0, theta)
+    check_values(bound, start_at(start, theta_arrays), theta_arrays)
+    return bound, start, theta_arrays
+
+
+def bind(problem: Bilevel, x0: PyTree, theta: PyTree) -> tuple[Bilevel, PyTree, PyTree]:
+    """The problem as a function of floating-point arrays only.
+
     Returns the problem with the non-array leaves of `x` and `theta` bound into its
     functions, and `x0` and `theta` as pytrees of floating-point arrays only. `x0` may be
-    a function of theta; it comes back as a function between such pytrees. Traced at the
-    top of every compiled entry point, so that a second call pays nothing.
+    a function of theta; it comes back as a function between such pytrees.
     """
     theta_arrays, theta_static = _split(theta, "theta")
     start = x0(theta) if callable(x0) else x0
@@ -241,7 +251,6 @@ def prepare(problem: Bilevel, x0: PyTree, theta: PyTree) -> tuple[Bilevel, PyTre
                 _Bound(problem.outer, x_static, theta_static),
             ),
         )
-    _check_values(bound, x_arrays, theta_arrays)
     if callable(x0):
         x_arrays = _BoundStart(x0, theta_static)
     return bound, x_arrays, theta_arrays
@@ -312,7 +321,7 @@ def _check_one_dtype(x: PyTree) -> None:
         )
 
 
-def _check_values(problem: Bilevel, x: PyTree, theta: PyTree) -> None:
+def check_values(problem: Bilevel, x: PyTree, theta: PyTree) -> None:
     """Shapes and dtypes of what the user's functions return, without computing them."""
     inner = problem.inner
     out = eqx.filter_eval_shape(inner.__call__, x, theta)

@@ -19,7 +19,7 @@ from ._outer._base import AbstractMethod
 from ._outer._chunk import MAX_CHUNK, REASONS, columns, init_method, run_chunk
 from ._outer._double_loop import DoubleLoop
 from ._outer._update import next_point
-from ._problem import Bilevel, as_arrays, prepare, restore, start_at
+from ._problem import Bilevel, as_arrays, bind, restore, start_at
 from ._report._history import COUNTS, History
 from ._report._interrupt import Interrupt
 from ._report._progress import Progress, progress_bar
@@ -112,7 +112,7 @@ class _Run:
         check_types(problem)
         self.start_time = time.perf_counter()
         x0 = x0 if callable(x0) else as_arrays(x0)
-        self.problem, self.x0, theta = prepare(problem, x0, as_arrays(theta0))
+        self.problem, self.x0, theta = bind(problem, x0, as_arrays(theta0))
         self.external = None
         if isinstance(method, DoubleLoop) and isinstance(method.inner_solver, External):
             self.external = method.inner_solver

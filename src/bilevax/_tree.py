@@ -172,12 +172,36 @@ def optimizer_as_pytree(optimizer: optax.GradientTransformation) -> Any:
 
     try:
         as_pytree = eqxi.closure_to_pytree(optimizer)
-        as_pytree = jtu.tree_map(lambda a: jnp.asarray(a) if isinstance(a, float) else a, as_pytree)
+        as_pytree = jtu.tree_map(_optimizer_leaf, as_pytree)
         with standard_promotion():
             eqx.filter_eval_shape(first_update, as_pytree, jnp.ones(2))
     except (TypeError, ValueError):  # tracing errors of JAX are among these
         return optimizer
     return as_pytree
+
+
+def _optimizer_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, float):
+        return jnp.asarray(leaf)
+    return _SameSource(leaf) if hasattr(leaf, "information") else leaf
+
+
+class _SameSource:
+    """A function that equals others of the same source code.
+
+    Equinox' own leaf reads the file again for every comparison, several milliseconds a
+    call of a compiled function.
+    """
+
+    def __init__(self, leaf: Any) -> None:
+        self.fn = leaf.fn
+        self._source = leaf.information()
+
+    def __hash__(self) -> int:
+        return hash(self._source)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _SameSource) and self._source == other._source
 
 
 def standard_promotion() -> Any:

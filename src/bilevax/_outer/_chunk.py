@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._hypergradient._base import STATS
-from .._problem import Bilevel
+from .._problem import Bilevel, check_values, start_at
 from .._results import RESULTS
 from .._tree import lean_jit
 from ._base import AbstractMethod, StepInfo
@@ -21,6 +21,7 @@ REASONS = {0: None, 1: "tolerance", 2: "optimizer", 3: "failure"}
 
 @lean_jit
 def init_method(problem: Bilevel, method: AbstractMethod, x0: PyTree, theta: PyTree) -> Any:
+    check_values(problem, start_at(x0, theta), theta)
     # Copied, because the chunks overwrite the state and the arrays are the caller's.
     x0, theta = jtu.tree_map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, (x0, theta))
     return method.init(problem, x0, theta)
