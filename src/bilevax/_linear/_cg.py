@@ -91,7 +91,7 @@ class CG(AbstractIterativeLinearSolver):
         v0: PyTree[Array] | None = None,
         preconditioner: Callable[[PyTree], PyTree] | None = None,
     ) -> LinearSolution:
-        scale, b, v, r = scaled_start(matvec, b, v0)
+        scale, b, v, r, num_products = scaled_start(matvec, b, v0)
         norm_b = tree_norm(b)
         if self.num_steps is not None:
             # Beyond this the steps are rounding errors, and would amplify them.
@@ -106,7 +106,7 @@ class CG(AbstractIterativeLinearSolver):
         state = jax.lax.while_loop(
             lambda s: s.is_running & ((s.num_steps < limit) | s.refresh),
             lambda s: _step(s, system),
-            _start(system, v, r, num_products=0 if v0 is None else 1),
+            _start(system, v, r, num_products),
         )
         return self._finish(state, scale, norm_b, tolerance)
 
@@ -158,13 +158,15 @@ class _State(eqx.Module):
     result: RESULTS
 
 
-def _start(system: _System, v: PyTree[Array], r: PyTree[Array], num_products: int) -> _State:
+def _start(
+    system: _System, v: PyTree[Array], r: PyTree[Array], num_products: Int[Array, ""]
+) -> _State:
     z, rr, rho = _products(system, r)
     result = _residual_result(rr, rho)
     is_running = (rr > system.tolerance**2) & (result == RESULTS.successful)
     zero, false = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
     inf = jnp.full_like(rr, jnp.inf)
-    scalars = (rr, rho, rho, 0 * rr, false, zero, 0 * rr, inf, zero, zero + num_products)
+    scalars = (rr, rho, rho, 0 * rr, false, zero, 0 * rr, inf, zero, num_products)
     return _State(v, r, z, *scalars, is_running, result)
 
 

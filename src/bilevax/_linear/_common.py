@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import Array, Int, PyTree, Scalar
 
 from .._tree import tree_dot, tree_dtype, tree_norm, tree_sub, tree_where, tree_zeros_like
 
@@ -36,23 +36,30 @@ def check_step_size(name: str, step_size: float | Array | None) -> None:
 
 def scaled_start(
     matvec: Callable[[PyTree], PyTree], b: PyTree[Array], v0: PyTree[Array] | None
-) -> tuple[Scalar, PyTree[Array], PyTree[Array], PyTree[Array]]:
-    """The scale of `b`; and `b`, the first iterate and its residual, divided by it.
+) -> tuple[Scalar, PyTree[Array], PyTree[Array], PyTree[Array], Int[Array, ""]]:
+    """The scale of `b`; `b`, the first iterate and its residual, divided by it; products.
 
+    A guess of zeros, which is what a first call with a state has, costs no product.
     Scaled to entries of order one, because squares under- and overflow in float32.
     """
     scale = largest_entry(b)
     scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
     b = jtu.tree_map(lambda x: x / scale, b)
     # Without a guess r = b: A(0), a constant, is miscompiled on CPU in float32.
-    v, r = tree_zeros_like(b), b
-    if v0 is not None:
-        v0 = jtu.tree_map(lambda x: x / scale, v0)
-        r0 = tree_sub(b, matvec(v0))
+    zero = tree_zeros_like(b)
+    if v0 is None:
+        return scale, b, zero, b, jnp.zeros((), jnp.int32)
+    guess = jtu.tree_map(lambda x: x / scale, v0)
+
+    def start_at_guess() -> tuple[PyTree[Array], PyTree[Array]]:
+        r = tree_sub(b, matvec(guess))
         # A guess worse than zero is dropped; the test is false also where it is not finite.
-        is_better = tree_dot(r0, r0) <= tree_dot(b, b)
-        v, r = tree_where(is_better, v0, v), tree_where(is_better, r0, b)
-    return scale, b, v, r
+        is_better = tree_dot(r, r) <= tree_dot(b, b)
+        return tree_where(is_better, guess, zero), tree_where(is_better, r, b)
+
+    is_guess = largest_entry(guess) > 0
+    v, r = jax.lax.cond(is_guess, start_at_guess, lambda: (zero, b))
+    return scale, b, v, r, is_guess.astype(jnp.int32)
 
 
 def largest_eigenvalue(matvec: Callable[[PyTree], PyTree], b: PyTree[Array]) -> Scalar:

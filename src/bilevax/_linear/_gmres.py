@@ -78,7 +78,7 @@ class GMRES(AbstractIterativeLinearSolver):
         preconditioner: Callable[[PyTree], PyTree] | None = None,
     ) -> LinearSolution:
         precondition = (lambda r: r) if preconditioner is None else preconditioner
-        scale, b, v, r = scaled_start(matvec, b, v0)
+        scale, b, v, r, num_products = scaled_start(matvec, b, v0)
         norm_b = tree_norm(b)
         rtol = default_rtol(b) if self.rtol is None else self.rtol
         target = jnp.asarray(self.atol, norm_b.dtype) / scale + rtol * norm_b
@@ -117,7 +117,7 @@ class GMRES(AbstractIterativeLinearSolver):
             residual=state.norm / safe_norm,
             tolerance=target / safe_norm,
             num_steps=state.num_steps,
-            num_products=state.num_steps + (0 if v0 is None else 1),
+            num_products=state.num_steps + num_products,
             result=result,
         )
 

@@ -84,7 +84,7 @@ class GradientDescent(AbstractIterativeLinearSolver):
         preconditioner: Callable[[PyTree], PyTree] | None = None,
     ) -> LinearSolution:
         precondition = (lambda r: r) if preconditioner is None else preconditioner
-        scale, b, v, r = scaled_start(matvec, b, v0)
+        scale, b, v, r, num_start = scaled_start(matvec, b, v0)
         norm_b = tree_norm(b)
         safe_norm = jnp.where(norm_b > 0, norm_b, 1)
         step_size, num_products = find_step_size(
@@ -112,7 +112,7 @@ class GradientDescent(AbstractIterativeLinearSolver):
             is_late = (result == RESULTS.successful) & (state.norm > target)
             result = RESULTS.where(is_late, RESULTS.adjoint_not_converged, result)
         result = RESULTS.where(tree_all_finite(value), result, RESULTS.nonfinite)
-        num_products = num_products + (0 if v0 is None else 1) + state.num_steps
+        num_products = num_products + num_start + state.num_steps
         return LinearSolution(
             value, state.norm / safe_norm, tolerance, state.num_steps, num_products, result
         )

@@ -72,7 +72,7 @@ class Neumann(AbstractIterativeLinearSolver):
         preconditioner: Callable[[PyTree], PyTree] | None = None,
     ) -> LinearSolution:
         del v0, preconditioner
-        scale, b, _, _ = scaled_start(matvec, b, None)
+        scale, b, *_ = scaled_start(matvec, b, None)
         norm_b = tree_norm(b)
         step_size, step_products = find_step_size(self.step_size, matvec, b)
 
