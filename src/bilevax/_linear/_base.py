@@ -48,6 +48,21 @@ class AbstractIterativeLinearSolver(lx.AbstractLinearSolver):
     ) -> LinearSolution:
         """Solve `A v = b` from `v0`. Without `v0`, `A(0)` is never evaluated."""
 
+    def start(self, b: PyTree[Array]) -> PyTree:
+        """The state before the first system of a sequence; most solvers have none."""
+        del b
+
+    def resume(
+        self,
+        matvec: Callable[[PyTree], PyTree],
+        b: PyTree[Array],
+        v0: PyTree[Array] | None,
+        preconditioner: Callable[[PyTree], PyTree] | None,
+        state: PyTree,
+    ) -> tuple[LinearSolution, PyTree]:
+        """`solve` with what was learnt from the systems before, and the next state."""
+        return self.solve(matvec, b, v0, preconditioner), state
+
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> Any:
         del options
         if operator.in_size() != operator.out_size():
