@@ -1,0 +1,157 @@
+"""The extreme eigenvalues or singular values of the derivative of the inner residual."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from .._problem import Bilevel, FixedPoint
+from .._tree import lean_jit, tree_dtype, tree_size, tree_sub
+from ._differences import gaussian
+from ._lanczos import growth_rate, largest_singular_value, ritz_values, tridiagonalise
+
+# Up to this size the matrix is formed and everything is exact.
+DENSE_SIZE = 200
+
+
+class Spectrum(NamedTuple):
+    """What is known of `A`: eigenvalues if it is symmetric, otherwise singular values.
+
+    An eigenvalue lies within `uncertainty` of each end; if `is_exact`, it is the end of the
+    spectrum, otherwise `smallest` may be far above it.
+    """
+
+    smallest: float
+    smallest_uncertainty: float
+    largest: float
+    largest_uncertainty: float
+    is_exact: bool
+    num_singular: int  # eigenvalues below rounding, of those that were computed
+    condition: float  # a lower bound unless `is_exact`
+    verdict: str
+    spectral_radius: float  # of T', for fixed points
+    contraction: float  # ||T'||, for fixed points
+    matrix: np.ndarray | None
+
+
+def spectrum(problem: Bilevel, x: PyTree, theta: PyTree, max_lanczos_steps: int) -> Spectrum:
+    """The extreme eigenvalues (singular values without symmetry) at `x`."""
+    is_symmetric = problem.inner.is_symmetric
+    is_fixed_point = isinstance(problem.inner, FixedPoint)
+    rounding = float(jnp.finfo(tree_dtype(x)).eps)
+    if tree_size(x) <= DENSE_SIZE:
+        matrix = np.asarray(_matrix(problem, x, theta), np.float64)
+        if not np.all(np.isfinite(matrix)):
+            return _unknown(matrix)
+        radius, norm = _of_map(np.eye(len(matrix)) - matrix) if is_fixed_point else (np.nan,) * 2
+        if is_symmetric:
+            values = np.linalg.eigvalsh((matrix + matrix.T) / 2)
+        else:
+            values = np.linalg.svd(matrix, compute_uv=False)[::-1]
+        size = np.max(np.abs(values), initial=0.0)
+        bounds = np.full(len(values), len(values) * rounding * size)
+        return _judge(values, bounds, True, is_symmetric, radius, norm, matrix)
+    start = gaussian(x, 0)
+    alpha, beta, norm, radius = _krylov(problem, x, theta, start, max_lanczos_steps)
+    if not np.all(np.isfinite(np.asarray([*alpha, *beta]))):
+        return _unknown(None)
+    values, bounds = ritz_values(np.asarray(alpha), np.asarray(beta), rounding)
+    if not is_symmetric:  # these are of A'A
+        squares = values
+        values = np.sqrt(np.maximum(squares, 0))
+        bounds = np.sqrt(np.maximum(squares, 0) + bounds) - values
+    if not is_fixed_point:
+        radius, norm = np.nan, np.nan
+    return _judge(values, bounds, False, is_symmetric, float(radius), float(norm), None)
+
+
+def _judge(
+    values: np.ndarray,
+    bounds: np.ndarray,
+    is_exact: bool,
+    is_symmetric: bool,
+    radius: float,
+    norm: float,
+    matrix: np.ndarray | None,
+) -> Spectrum:
+    """The words for the eigenvalues, in ascending order."""
+    if len(values) == 0:
+        return _unknown(matrix)._replace(verdict="empty", condition=1.0)
+    size = float(np.max(np.abs(values)))
+    # Rayleigh quotients: the smallest one is above the smallest eigenvalue, so that it
+    # proves negative curvature, and singularity, whatever its residual.
+    rounding = bounds[0] if is_exact else _rounding_of(bounds)
+    num_singular = int(np.sum(np.abs(values) <= rounding))
+    nearest = float(np.min(np.abs(values)))
+    condition = size / nearest if num_singular == 0 else np.inf
+    if is_symmetric and values[0] < -rounding:
+        verdict = "indefinite"
+        condition = condition if is_exact else np.nan
+    elif num_singular:
+        verdict = "singular"
+    elif is_exact:
+        verdict = "positive definite" if is_symmetric else "invertible"
+    else:
+        verdict = "positive as far as seen" if is_symmetric else "invertible as far as seen"
+    ends = (float(values[0]), float(bounds[0]), float(values[-1]), float(bounds[-1]))
+    return Spectrum(*ends, is_exact, num_singular, condition, verdict, radius, norm, matrix)
+
+
+def _rounding_of(bounds: np.ndarray) -> float:
+    """The part of Lanczos' bounds that is rounding: the least of them."""
+    return float(np.min(bounds))
+
+
+def _of_map(matrix: np.ndarray) -> tuple[float, float]:
+    """The spectral radius and the two-norm."""
+    if len(matrix) == 0:
+        return 0.0, 0.0
+    return float(np.max(np.abs(np.linalg.eigvals(matrix)))), float(np.linalg.norm(matrix, 2))
+
+
+def _unknown(matrix: np.ndarray | None) -> Spectrum:
+    nan = float("nan")
+    return Spectrum(nan, nan, nan, nan, False, 0, nan, "unknown", nan, nan, matrix)
+
+
+@lean_jit
+def _matrix(problem: Bilevel, x: PyTree, theta: PyTree) -> Float[Array, "d d"]:
+    """`A`, column by column."""
+    leaves, treedef = jtu.tree_flatten(x)
+    size = tree_size(x)
+    if size == 0:
+        return jnp.zeros((0, 0))
+    splits = np.cumsum([leaf.size for leaf in leaves])[:-1].tolist()
+    parts = jnp.split(jnp.eye(size, dtype=tree_dtype(x)), splits, axis=1)
+    shaped = [p.reshape(size, *leaf.shape) for p, leaf in zip(parts, leaves, strict=True)]
+    _, matvec = jax.linearize(lambda x: problem.inner.residual(x, theta), x)
+    images = jtu.tree_leaves(jax.vmap(matvec)(jtu.tree_unflatten(treedef, shaped)))
+    return jnp.concatenate([image.reshape(size, -1) for image in images], axis=1).T
+
+
+@lean_jit
+def _krylov(
+    problem: Bilevel, x: PyTree, theta: PyTree, start: PyTree, num_steps: int
+) -> tuple[Array, ...]:
+    """Lanczos of `A`, or of `A'A` without symmetry; norm and growth of a fixed point's map."""
+    _, matvec = jax.linearize(lambda x: problem.inner.residual(x, theta), x)
+    nan = jnp.full((), jnp.nan)
+    if problem.inner.is_symmetric:
+        return *tridiagonalise(matvec, start, num_steps), nan, nan
+    transpose = _transpose(matvec, x)
+    normal = tridiagonalise(lambda v: transpose(matvec(v)), start, num_steps)
+    if not isinstance(problem.inner, FixedPoint):
+        return *normal, nan, nan
+    # T' = I - A
+    forward = lambda v: tree_sub(v, matvec(v))  # noqa: E731
+    norm = largest_singular_value(forward, lambda v: tree_sub(v, transpose(v)), start)
+    return *normal, norm, growth_rate(forward, start)
+
+
+def _transpose(matvec: Callable[[PyTree], PyTree], x: PyTree) -> Callable[[PyTree], PyTree]:
+    transposed = jax.linear_transpose(matvec, x)
+    return lambda v: transposed(v)[0]
