@@ -30,6 +30,8 @@ from ._hypergradient._base import Estimate as Estimate
 from ._hypergradient._entry import argmin as argmin, hypergradient as hypergradient
 from ._hypergradient._jacobian import Jacobian as Jacobian, jacobian as jacobian
 from ._outer._double_loop import DoubleLoop as DoubleLoop
+from ._diagnose._base import Check as Check, Comparison as Comparison
+from ._diagnose._check import check as check
 from ._solve import solve as solve
 from ._report._progress import Progress as Progress
 from ._report._history import History as History

@@ -27,6 +27,7 @@ class Slope:
     uncertainty: float
     jump: tuple[float, float]
     step: float
+    previous_step: float
 
     def is_kink(self, size: float) -> bool:
         """Whether the one-sided differences settle on two values, against slopes of `size`.
@@ -51,13 +52,14 @@ def slope(fn: Callable[[float], float], at_zero: float, noise: float, size: floa
     step = float(np.clip(np.cbrt(noise / size), 1e-5, 0.03)) if size > 0 else 1e-3
     before, best = _difference(fn, at_zero, step), None
     for _ in range(_MAX_STEPS - 1):
-        step /= _RATIO
+        step, previous_step = step / _RATIO, step
         now = _difference(fn, at_zero, step)
         change = abs(now[0] - before[0])
-        found = Slope(now[0], change + noise / step, (before[1], now[1]), step)
+        found = Slope(now[0], change + noise / step, (before[1], now[1]), step, previous_step)
         if best is None or not best.uncertainty <= found.uncertainty:
             best = found
-        if not change > 1e-4 * max(size, abs(now[0])) + noise / step:
+        # False also where a value is not finite: a smaller step may stay in the domain.
+        if change <= 1e-4 * max(size, abs(now[0])) + noise / step:
             break
         before = now
     assert best is not None

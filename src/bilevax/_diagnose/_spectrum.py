@@ -33,9 +33,9 @@ class Spectrum(NamedTuple):
     num_singular: int  # eigenvalues below rounding, of those that were computed
     condition: float  # a lower bound unless `is_exact`
     verdict: str
-    spectral_radius: float  # of T', for fixed points
-    contraction: float  # ||T'||, for fixed points
-    matrix: np.ndarray | None
+    spectral_radius: float = float("nan")  # of T', for fixed points
+    contraction: float = float("nan")  # ||T'||, for fixed points
+    matrix: np.ndarray | None = None
 
 
 def spectrum(problem: Bilevel, x: PyTree, theta: PyTree, max_lanczos_steps: int) -> Spectrum:
@@ -53,57 +53,48 @@ def spectrum(problem: Bilevel, x: PyTree, theta: PyTree, max_lanczos_steps: int)
         else:
             values = np.linalg.svd(matrix, compute_uv=False)[::-1]
         size = np.max(np.abs(values), initial=0.0)
-        bounds = np.full(len(values), len(values) * rounding * size)
-        return _judge(values, bounds, True, is_symmetric, radius, norm, matrix)
+        # The errors of the entries are independent: their matrix has about this norm.
+        floor = 4 * np.sqrt(len(values)) * rounding * size
+        bounds = np.full(len(values), floor)
+        found = _judge(values, bounds, floor, True, is_symmetric)
+        return found._replace(spectral_radius=radius, contraction=norm, matrix=matrix)
     start = gaussian(x, 0)
     alpha, beta, norm, radius = _krylov(problem, x, theta, start, max_lanczos_steps)
     if not np.all(np.isfinite(np.asarray([*alpha, *beta]))):
         return _unknown(None)
     values, bounds = ritz_values(np.asarray(alpha), np.asarray(beta), rounding)
-    if not is_symmetric:  # these are of A'A
-        squares = values
-        values = np.sqrt(np.maximum(squares, 0))
-        bounds = np.sqrt(np.maximum(squares, 0) + bounds) - values
-    if not is_fixed_point:
-        radius, norm = np.nan, np.nan
-    return _judge(values, bounds, False, is_symmetric, float(radius), float(norm), None)
+    floor = 10 * rounding * np.max(np.abs(values))
+    if not is_symmetric:
+        # These are of A'A: singular values below the root of the rounding are lost.
+        squares, floor = np.maximum(values, 0), np.sqrt(floor)
+        values = np.sqrt(squares)
+        bounds = np.sqrt(squares + bounds) - values
+    found = _judge(values, bounds, floor, False, is_symmetric)
+    if is_fixed_point:
+        found = found._replace(spectral_radius=float(radius), contraction=float(norm))
+    return found
 
 
 def _judge(
-    values: np.ndarray,
-    bounds: np.ndarray,
-    is_exact: bool,
-    is_symmetric: bool,
-    radius: float,
-    norm: float,
-    matrix: np.ndarray | None,
+    values: np.ndarray, bounds: np.ndarray, floor: float, is_exact: bool, is_symmetric: bool
 ) -> Spectrum:
-    """The words for the eigenvalues, in ascending order."""
+    """The words for the eigenvalues, in ascending order; below `floor` they are rounding."""
     if len(values) == 0:
-        return _unknown(matrix)._replace(verdict="empty", condition=1.0)
-    size = float(np.max(np.abs(values)))
-    # Rayleigh quotients: the smallest one is above the smallest eigenvalue, so that it
-    # proves negative curvature, and singularity, whatever its residual.
-    rounding = bounds[0] if is_exact else _rounding_of(bounds)
-    num_singular = int(np.sum(np.abs(values) <= rounding))
-    nearest = float(np.min(np.abs(values)))
-    condition = size / nearest if num_singular == 0 else np.inf
-    if is_symmetric and values[0] < -rounding:
-        verdict = "indefinite"
-        condition = condition if is_exact else np.nan
-    elif num_singular:
+        return _unknown(None)._replace(verdict="empty", condition=1.0)
+    # Ritz values are Rayleigh quotients, never below the smallest eigenvalue: a negative
+    # one proves negative curvature, a zero one of a semidefinite matrix a singular one.
+    sizes = np.abs(values)
+    num_singular = int(np.sum(sizes <= floor))
+    condition = float(np.max(sizes) / np.min(sizes)) if num_singular == 0 else np.inf
+    seen = "" if is_exact else " as far as seen"
+    verdict = ("positive definite" if is_symmetric else "invertible") + seen
+    if num_singular or (is_symmetric and values[0] < 0):
         verdict = "singular"
-    elif is_exact:
-        verdict = "positive definite" if is_symmetric else "invertible"
-    else:
-        verdict = "positive as far as seen" if is_symmetric else "invertible as far as seen"
+    if is_symmetric and values[0] < -10 * floor:
+        verdict = "indefinite"
+        condition = condition if is_exact else np.nan  # Ritz values near zero mean nothing
     ends = (float(values[0]), float(bounds[0]), float(values[-1]), float(bounds[-1]))
-    return Spectrum(*ends, is_exact, num_singular, condition, verdict, radius, norm, matrix)
-
-
-def _rounding_of(bounds: np.ndarray) -> float:
-    """The part of Lanczos' bounds that is rounding: the least of them."""
-    return float(np.min(bounds))
+    return Spectrum(*ends, is_exact, num_singular, condition, verdict)
 
 
 def _of_map(matrix: np.ndarray) -> tuple[float, float]:
@@ -115,7 +106,7 @@ def _of_map(matrix: np.ndarray) -> tuple[float, float]:
 
 def _unknown(matrix: np.ndarray | None) -> Spectrum:
     nan = float("nan")
-    return Spectrum(nan, nan, nan, nan, False, 0, nan, "unknown", nan, nan, matrix)
+    return Spectrum(nan, nan, nan, nan, False, 0, nan, "unknown", matrix=matrix)
 
 
 @lean_jit
