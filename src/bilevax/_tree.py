@@ -72,6 +72,39 @@ def tree_dtype(a: PyTree) -> Any:
     return jnp.result_type(*leaves) if leaves else jnp.zeros(()).dtype
 
 
+def tree_basis(tree: PyTree) -> PyTree:
+    """The unit vectors of the space of `tree`, stacked along a new first axis."""
+    leaves, structure = jtu.tree_flatten(tree)
+    size, basis, begin = tree_size(tree), [], 0
+    for leaf in leaves:
+        block = jnp.eye(size, leaf.size, -begin, dtype=leaf.dtype)
+        basis.append(block.reshape((size, *leaf.shape)))
+        begin += leaf.size
+    return jtu.tree_unflatten(structure, basis)
+
+
+def flat_to_tree(flat: Array, like: PyTree) -> PyTree:
+    """The last axis of `flat`, which runs over all entries of `like`, as the leaves of `like`."""
+    leaves, structure = jtu.tree_flatten(like)
+    parts, begin = [], 0
+    for leaf in leaves:
+        part = flat[..., begin : begin + leaf.size]
+        parts.append(part.reshape(flat.shape[:-1] + leaf.shape))
+        begin += leaf.size
+    return jtu.tree_unflatten(structure, parts)
+
+
+def tree_to_flat(tree: PyTree) -> Array:
+    """All entries in one vector. Moves sharded arrays about: for small dense work only."""
+    return jnp.concatenate([x.reshape(-1) for x in jtu.tree_leaves(tree)])
+
+
+def dense_columns(matvec: Callable[[PyTree], PyTree], like: PyTree) -> Array:
+    """The matrix of `matvec`, transposed: row `i` is `A e_i`. As many products as entries."""
+    columns = jtu.tree_leaves(jax.vmap(matvec)(tree_basis(like)))
+    return jnp.concatenate([x.reshape(x.shape[0], -1) for x in columns], axis=1)
+
+
 def default_rtol(a: PyTree) -> float:
     """The documented default of every relative tolerance: 1e-6, or 1e-4 below float64."""
     return 1e-6 if tree_dtype(a) == jnp.float64 else 1e-4

@@ -4,10 +4,18 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from .._tree import tree_axpy, tree_dot, tree_size, tree_zeros_like
+from .._tree import (
+    dense_columns,
+    flat_to_tree,
+    tree_axpy,
+    tree_dot,
+    tree_dtype,
+    tree_size,
+    tree_to_flat,
+    tree_zeros_like,
+)
 
 Direction = tuple[PyTree[Array], Scalar, Int[Array, ""]]
 
@@ -51,36 +59,24 @@ def dense_direction(
     product: Callable[[PyTree], PyTree], b: PyTree[Array], is_needed: Bool[Array, ""]
 ) -> Direction:
     """The Hessian column by column, and Cholesky; as many products as variables."""
-    leaves, treedef = jtu.tree_flatten(b)
-    size, splits, count = tree_size(b), [], 0
-    for x in leaves[:-1]:
-        count += x.size
-        splits.append(count)
-
-    def to_tree(flat: Array) -> PyTree[Array]:
-        parts = jnp.split(flat, splits, axis=-1)
-        shaped = [p.reshape(p.shape[:-1] + x.shape) for p, x in zip(parts, leaves, strict=True)]
-        return jtu.tree_unflatten(treedef, shaped)
+    size, dtype = tree_size(b), tree_dtype(b)
 
     def solve() -> PyTree[Array]:
-        columns = jtu.tree_leaves(jax.vmap(product)(to_tree(jnp.eye(size, dtype=leaves[0].dtype))))
-        hessian = jnp.concatenate([x.reshape(size, -1) for x in columns], axis=1)
-        flat = jnp.concatenate([x.reshape(-1) for x in leaves])
+        hessian, flat = dense_columns(product, b), tree_to_flat(b)
         factor = jnp.linalg.cholesky(hessian)
         pivots = jnp.diagonal(factor) ** 2
         # False also where a pivot is not a number: the Hessian is then indefinite.
-        is_definite = jnp.min(pivots) > size * jnp.finfo(flat.dtype).eps * jnp.max(pivots)
-        return to_tree(
-            jax.lax.cond(
-                is_definite,
-                lambda: jax.scipy.linalg.cho_solve((factor, True), flat),
-                lambda: _saddle_free(hessian, flat),
-            )
+        is_definite = jnp.min(pivots) > size * jnp.finfo(dtype).eps * jnp.max(pivots)
+        direction = jax.lax.cond(
+            is_definite,
+            lambda: jax.scipy.linalg.cho_solve((factor, True), flat),
+            lambda: _saddle_free(hessian, flat),
         )
+        return flat_to_tree(direction, b)
 
     direction = jax.lax.cond(is_needed, solve, lambda: tree_zeros_like(b))
     count = jnp.where(is_needed, size, 0).astype(jnp.int32)
-    return direction, jnp.zeros((), leaves[0].dtype), count
+    return direction, jnp.zeros((), dtype), count
 
 
 def _saddle_free(hessian: Float[Array, "d d"], b: Float[Array, " d"]) -> Float[Array, " d"]:
