@@ -1,6 +1,7 @@
 """The bilevel problem, and the conditions that define `x*(theta)`."""
 
 import abc
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree, Scalar
 
-from ._tree import strong, tree_sub
+from ._tree import strong, tree_dtype, tree_sub
 
 
 class AbstractCondition(eqx.Module):
@@ -40,11 +41,20 @@ class Minimum(AbstractCondition):
 
     The residual is `grad_x fn`; its derivative in `x`, the Hessian, is symmetric. A plain
     function given to `Bilevel` is promoted to this.
+
+    `strong_convexity`, if you know one, is a number or a function of theta, `mu` with
+    `d2_xx fn >= mu` everywhere: the strength of a quadratic regulariser of a convex loss,
+    say `lambda theta: jnp.min(jnp.exp(theta))`. With it every `Estimate` of `Implicit` has
+    an `error_bound`. It is believed, not checked.
     """
 
     fn: Callable
     data: PyTree = None
+    strong_convexity: float | Callable[[PyTree], Scalar] | None = None
     is_symmetric: ClassVar[bool] = True
+
+    def __check_init__(self) -> None:
+        _check_modulus(self.strong_convexity)
 
     def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
         return jax.grad(self.__call__)(x, theta)
@@ -53,13 +63,17 @@ class Minimum(AbstractCondition):
 class LeastSquares(AbstractCondition):
     """`x*(theta)` minimises `1/2 ||fn(x, theta)||^2`, `fn` returning a pytree of arrays.
 
-    As `Minimum` of that objective; least-squares solvers (Gauss-Newton,
-    Levenberg-Marquardt, ...) use the residuals `fn` themselves.
+    As `Minimum` of that objective, `strong_convexity` included; least-squares solvers
+    (Gauss-Newton, Levenberg-Marquardt, ...) use the residuals `fn` themselves.
     """
 
     fn: Callable
     data: PyTree = None
+    strong_convexity: float | Callable[[PyTree], Scalar] | None = None
     is_symmetric: ClassVar[bool] = True
+
+    def __check_init__(self) -> None:
+        _check_modulus(self.strong_convexity)
 
     def objective(self, x: PyTree, theta: PyTree) -> Scalar:
         squares = [jnp.sum(r**2) for r in jtu.tree_leaves(self(x, theta))]
@@ -89,6 +103,29 @@ class FixedPoint(AbstractCondition):
 
     def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
         return tree_sub(x, self(x, theta))
+
+
+def _check_modulus(modulus: Any) -> None:
+    is_number = isinstance(modulus, int | float) and not isinstance(modulus, bool)
+    if is_number and not modulus > 0:
+        raise ValueError(f"`strong_convexity` must be positive; got {modulus}.")
+    if not (modulus is None or is_number or callable(modulus) or eqx.is_array(modulus)):
+        raise TypeError(
+            "`strong_convexity` must be a positive number or a function of theta; got "
+            f"{type(modulus).__name__}."
+        )
+
+
+def strong_convexity(condition: AbstractCondition, theta: PyTree) -> Scalar | None:
+    """The modulus that the user has stated, at theta; `None` if none was."""
+    modulus = getattr(condition, "strong_convexity", None)
+    if not callable(modulus):
+        return None if modulus is None else jnp.asarray(modulus, tree_dtype(theta))
+    if isinstance(condition.fn, _Bound):
+        theta = eqx.combine(theta, condition.fn.theta_static)
+    value = modulus(theta)
+    _check_scalar(jax.eval_shape(lambda: value), "strong_convexity")
+    return value
 
 
 def objective(condition: AbstractCondition) -> Callable[[PyTree, PyTree], Scalar] | None:
@@ -155,7 +192,7 @@ class Bilevel(eqx.Module):
                     "The inner data were given twice: to the condition and as `inner_data`. "
                     "Give them once."
                 )
-            inner = type(inner)(inner.fn, _data_as_arrays(inner_data))  # type: ignore[call-arg]
+            inner = dataclasses.replace(inner, data=_data_as_arrays(inner_data))  # type: ignore[type-var]
         if not callable(outer):
             raise TypeError(
                 "`outer` must be a function (x, theta) -> scalar; got "

@@ -30,8 +30,9 @@ class RESULTS(eqx.Enumeration):
     )
     singular = (
         "The adjoint system is singular and has no solution: the inner problem has many "
-        "solutions. Regularise the inner objective, or use lx.LSMR(...) as linear solver "
-        "for the minimum-norm response."
+        "solutions. Use rule bx.MinimumNorm() for the response of smallest norm, or "
+        "regularise the inner objective. If MinimumNorm itself says this, the solutions do "
+        "not move smoothly with theta, and there is no hypergradient."
     )
     nonfinite = (
         "A NaN or an infinity appeared. Check the data and the two objectives at the "
@@ -43,6 +44,16 @@ class RESULTS(eqx.Enumeration):
         "dtype are larger than what was asked for. Use float64 "
         "(jax.config.update('jax_enable_x64', True)), loosen rtol, or improve the "
         "scaling of the problem."
+    )
+    inaccurate = (
+        "The hypergradient is less accurate than asked for: its error estimate exceeds rtol. "
+        "Loosen rtol, give an atol (near a stationary point no relative accuracy can be had), "
+        "give the inner solver more steps, or improve the conditioning of the inner problem."
+    )
+    jumped = (
+        "The inner solution jumped: it is far from where the tangent D x* predicted it, so "
+        "that it belongs to another branch of solutions, or the step crossed a fold. Take "
+        "smaller outer steps, or regularise the inner objective so that its minimum is unique."
     )
     diverged = (
         "The linear solver diverged: its step size is too large for this system. Give a "

@@ -27,6 +27,15 @@ class Estimate(eqx.Module):
     - `inner_tolerance`: what it had to reach; infinite where nothing was asked for.
     - `adjoint_residual`: `||d_x L - A v|| / ||d_x L||`, measured; NaN for rules that solve
         no adjoint system.
+    - `adjoint_tolerance`: what it had to reach; infinite where nothing was asked for.
+    - `error_estimate`: of `||grad - exact||`, from Newton steps on x and v (see
+        `Implicit`); NaN where it was not asked for.
+    - `error_bound`: `||grad - exact||` is no larger; infinite where no modulus of strong
+        convexity is known (see `Implicit`).
+    - `damping_bias`: estimate of the part of `||grad - exact||` that damping causes; zero
+        without damping.
+    - `dual_value`: `L(x, theta) - v' grad_x U(x, theta)`, the outer objective at the exact
+        solution to second order in the error of x; `value` for rules without an adjoint.
     - `result`: the outcome, see `RESULTS`.
     - `stats`: `num_inner_steps`, `num_adjoint_steps`, `num_gradients`,
         `num_hessian_products`, `num_cross_products`.
@@ -40,6 +49,11 @@ class Estimate(eqx.Module):
     inner_residual: Scalar
     inner_tolerance: Scalar
     adjoint_residual: Scalar
+    adjoint_tolerance: Scalar
+    error_estimate: Scalar
+    error_bound: Scalar
+    damping_bias: Scalar
+    dual_value: Scalar
     result: RESULTS
     stats: dict[str, Array]
 
@@ -50,6 +64,9 @@ class HypergradientState(eqx.Module):
     x: PyTree[Array]  # the last inner solution
     v: PyTree[Array] | None  # the last adjoint variable
     inner: PyTree  # the inner solver's own state
+    linear: PyTree = None  # the linear solver's: a recycled subspace
+    preconditioner: PyTree = None  # a sketch, a diagonal
+    tolerances: PyTree = None  # chosen by `Implicit(rtol=...)`
 
 
 class AbstractHypergradient(optx.AbstractAdjoint):
@@ -96,6 +113,19 @@ class AbstractHypergradient(optx.AbstractAdjoint):
     @abc.abstractmethod
     def differentiates_start(self) -> bool:
         """Whether a dependence of `x0` on theta reaches the hypergradient."""
+
+
+def no_evidence(value: Scalar, residual: Scalar) -> dict[str, Scalar]:
+    """The fields of an `Estimate` that only implicit rules can fill."""
+    nan, inf = jnp.full_like(residual, jnp.nan), jnp.full_like(residual, jnp.inf)
+    return {
+        "adjoint_residual": nan,
+        "adjoint_tolerance": inf,
+        "error_estimate": nan,
+        "error_bound": inf,
+        "damping_bias": jnp.zeros_like(residual),
+        "dual_value": value,
+    }
 
 
 STATS = (

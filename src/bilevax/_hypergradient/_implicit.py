@@ -2,18 +2,38 @@
 
 from collections.abc import Callable
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PyTree, Scalar
 
 from .._inner._base import AbstractInnerSolver, Counts
-from .._linear import LinearSolution, default_linear_solver, solve_linear, verify
-from .._problem import AbstractCondition, Bilevel, objective, start_at
+from .._linear import (
+    AbstractIterativeLinearSolver,
+    LinearSolution,
+    default_linear_solver,
+    resume_linear,
+    verify,
+)
+from .._linear._common import check_tolerance
+from .._precondition._base import AbstractPreconditioner, as_preconditioner
+from .._problem import AbstractCondition, Bilevel, start_at
 from .._results import RESULTS, first_failure
-from .._tree import lax_while_loop, stop_gradient, tree_all_finite, tree_sub, tree_zeros_like
-from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
+from .._tree import (
+    lax_while_loop,
+    stop_gradient,
+    tree_all_finite,
+    tree_axpy,
+    tree_size,
+    tree_sub,
+    tree_zeros_like,
+)
+from ._accuracy import estimate_to_accuracy, first_tolerances
+from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, no_evidence
+from ._evidence import damping_bias, dual_value, with_evidence
 from ._implicit_function import attach_derivative
+from ._linearise import Linearised, linearise, outer_at
 
 
 class Implicit(AbstractHypergradient):
@@ -25,25 +45,45 @@ class Implicit(AbstractHypergradient):
         grad = d_theta L - B^T v,    A v = d_x L
 
     (`A^T v = d_x L` for roots and fixed points, whose derivative is not symmetric). No
-    matrix is formed: `A` is linearised once, `B^T v` is one product.
+    matrix is formed, except for few variables: `A` is linearised once, `B^T v` and the
+    measured residual of the adjoint system are one product.
 
     **Arguments:**
 
-    - `linear_solver`: how the adjoint system is solved: `bx.CG()` (default for minima),
-        `bx.GradientDescent(...)`, `bx.Neumann(...)`, or any Lineax solver; by default
-        GMRES for roots and fixed points.
-    - `preconditioner`: a function `(x, theta)` that returns a function `r -> z`, an
+    - `linear_solver`: how the adjoint system is solved: `bx.CG()`, `bx.MINRES()`,
+        `bx.Recycled(...)`, ... or any Lineax solver. By default `bx.Direct()` for minima in
+        at most 32 variables, `bx.CG()` for larger ones, `bx.GMRES()` for roots and fixed
+        points.
+    - `preconditioner`: `bx.Jacobi()`, `bx.Nystrom(...)`, `bx.QuasiNewton()`,
+        `bx.AdamState()`, or a function `(x, theta)` that returns a function `r -> z`, an
         approximation of `A^{-1} r`, symmetric and positive definite for CG. Not to be
         confused with a warm start, which is a better first guess.
     - `inexact`: say that the inner solve is stopped early on purpose. Its residual is then
         reported and not flagged.
+    - `error_estimate`: report an estimate of `||grad - exact||`, the distance to the
+        hypergradient after one Newton step on x and v together. Costs two linearisations
+        and two linear solves to two digits, each with two right-hand sides.
+    - `polish`: return the hypergradient after that Newton step: its error is of second
+        order in the errors of x and v. `error_estimate` is then that of before the step.
+    - `rtol`, `atol`: accuracy on demand: `||grad - exact|| <= rtol ||grad|| + atol`, or
+        flagged. The tolerances of the inner solve and of the linear systems are chosen,
+        coupled, tightened where needed and loosened again from one outer step to the next;
+        `inner_tolerance` and `adjoint_tolerance` report them.
+    - `damping`: solve `(A + damping I) v = d_x L`. `damping_bias` reports what that costs.
+
+    With a modulus of strong convexity (see `Minimum`) every estimate has an `error_bound`.
+
+    Where `A` turns out to be singular, `bx.hypergradient` and `bx.solve` go over from
+    `Implicit()` to `bx.MinimumNorm()`; with a linear solver chosen by you, under your own
+    `jit` and in `bx.argmin` the outcome is `singular` instead. Where negative curvature is
+    met, `x` is no minimum, and the outcome says so.
 
     What is differentiated: theta. The starting point `x0` has no influence on `x*`, and a
     dependence of `x0` on theta is ignored.
 
-    **Cost:** one linearisation of the inner gradient, one Hessian product a step of the
-    linear solver and one for the measured residual, one cross product. Memory of a few
-    vectors like `x`, whatever the number of inner steps.
+    **Cost:** one linearisation of both inner gradients, one Hessian product a step of the
+    linear solver, and one pass for the cross product and the measured residual together.
+    Memory of a few vectors like `x`, whatever the number of inner steps.
 
     **Exact when** the inner problem and the adjoint system are solved exactly and `A` is
     invertible; the error is of first order in both residuals.
@@ -54,34 +94,64 @@ class Implicit(AbstractHypergradient):
         import bilevax as bx
 
         rule = bx.Implicit(bx.CG(rtol=1e-8))
+        rule = bx.Implicit(rtol=1e-3)  # of the hypergradient
         ```
 
     Reference: Pedregosa, "Hyperparameter optimization with approximate gradient", 2016,
-    eq. (2) and algorithm 1.
+    eq. (2) and algorithm 1; for `error_estimate` and `polish`, Newton's method on
+    `(grad_x U, A v - d_x L) = 0`.
     """
 
     linear_solver: lx.AbstractLinearSolver | None = None
-    preconditioner: Callable[[PyTree, PyTree], Callable[[PyTree], PyTree]] | None = None
+    preconditioner: AbstractPreconditioner | None = eqx.field(
+        default=None, converter=as_preconditioner
+    )
     inexact: bool = False
+    error_estimate: bool = False
+    polish: bool = False
+    rtol: float | Scalar | None = None
+    atol: float | Scalar = 0.0
+    damping: float | Scalar = 0.0
 
     def __check_init__(self) -> None:
         solver = self.linear_solver
         if not (solver is None or isinstance(solver, lx.AbstractLinearSolver)):
             raise TypeError(
-                "`linear_solver` must be bx.CG(...), bx.GradientDescent(...), bx.Neumann(...) "
-                f"or a Lineax solver; got {type(solver).__name__}."
+                "`linear_solver` must be bx.CG(...), bx.MINRES(...), bx.GradientDescent(...), "
+                f"bx.Neumann(...) or a Lineax solver; got {type(solver).__name__}."
+            )
+        check_tolerance("Implicit", rtol=self.rtol, atol=self.atol, damping=self.damping)
+        refines = self.error_estimate or self.polish or self.rtol is not None
+        if self._is_damped and refines:
+            raise ValueError(
+                "Implicit(damping=...) solves another system on purpose, whose bias "
+                "`damping_bias` reports: leave out error_estimate, polish and rtol."
+            )
+        if self.rtol is not None and (self.polish or self.inexact):
+            raise ValueError(
+                "Implicit(rtol=...) chooses the accuracy of x and polishes it: leave out "
+                "`polish` and `inexact`."
             )
 
     @property
     def differentiates_start(self) -> bool:
         return False
 
+    @property
+    def is_default(self) -> bool:
+        """Whether the library may choose how to treat a singular system."""
+        plain = self.linear_solver is None and self.preconditioner is None
+        refines = self.error_estimate or self.polish or self.rtol is not None
+        return plain and not self._is_damped and not refines
+
     def init(
         self, problem: Bilevel, inner_solver: AbstractInnerSolver, x0: PyTree, theta: PyTree
     ) -> HypergradientState:
         x = start_at(x0, theta)
         inner = inner_solver.init(problem.inner, x, theta)
-        return HypergradientState(x=x, v=tree_zeros_like(x), inner=inner)
+        linear, preconditioner = self._memory(problem.inner, x)
+        tolerances = None if self.rtol is None else first_tolerances(self.rtol, x)
+        return HypergradientState(x, tree_zeros_like(x), inner, linear, preconditioner, tolerances)
 
     def estimate(
         self,
@@ -91,35 +161,71 @@ class Implicit(AbstractHypergradient):
         theta: PyTree,
         state: HypergradientState,
     ) -> tuple[Estimate, HypergradientState]:
+        if self.rtol is not None:
+            return estimate_to_accuracy(
+                problem,
+                inner_solver,
+                self.linear_solver,
+                self.preconditioner,
+                (self.rtol, self.atol),
+                start_at(x0, theta),
+                theta,
+                state,
+            )
         condition = problem.inner
         # 1. x solves the inner problem
         inner, inner_state = inner_solver.solve(condition, start_at(x0, theta), theta, state.inner)
+        x = inner.x
         # 2. v solves the adjoint system
-        outer_grad = jax.value_and_grad(problem.outer_value, argnums=(0, 1), has_aux=True)
-        (value, aux), (grad_x, grad_theta) = outer_grad(inner.x, theta)
-        matvec, cross = self.products(condition, inner.x, theta)
-        adjoint = self.solve_adjoint(matvec, grad_x, state.v, condition, inner.x, theta)
-        # 3. the hypergradient
-        grad = tree_sub(grad_theta, cross(adjoint.value))
+        at, outer = linearise(condition, x, theta), outer_at(problem, x, theta)
+        memory = (state.linear, state.preconditioner)
+        adjoint, apply, memory = self._solve(
+            at, outer.grad_x, state.v, condition, x, theta, inner_state, memory
+        )
+        # 3. the hypergradient, and the residual of the adjoint system in the same pass
+        product, cross = at.both(adjoint.value)
+        adjoint = verify(adjoint, outer.grad_x, self._damped(product, adjoint.value))
+        grad = tree_sub(outer.grad_theta, cross)
         result = first_failure(
-            self._inner_result(inner.result),
+            self.inner_result(inner.result),
             adjoint.result,
-            RESULTS.where(tree_all_finite((value, grad)), RESULTS.successful, RESULTS.nonfinite),
+            RESULTS.where(
+                tree_all_finite((outer.value, grad)), RESULTS.successful, RESULTS.nonfinite
+            ),
         )
         counts = inner.counts + Counts(gradients=1, hessian=adjoint.num_products, cross=1)
+        evidence = no_evidence(outer.value, inner.residual)
+        evidence |= {
+            "adjoint_residual": adjoint.residual,
+            "adjoint_tolerance": adjoint.tolerance,
+            "dual_value": dual_value(outer.value, adjoint.value, at.residual),
+        }
+        if self._is_damped:
+            solver = self._solver(x, condition.is_symmetric)
+            matvec = self._damped_product(at.adjoint)
+            bias, extra = damping_bias(
+                at, solver, matvec, self.damping, adjoint.value, condition.is_symmetric
+            )
+            evidence["damping_bias"] = bias.astype(inner.residual.dtype)
+            counts = counts + Counts(hessian=extra, cross=1)
         estimate = Estimate(
-            value=value,
+            value=outer.value,
             grad=grad,
-            aux=aux,
-            x=inner.x,
+            aux=outer.aux,
+            x=x,
             v=adjoint.value,
             inner_residual=inner.residual,
             inner_tolerance=inner.tolerance,
-            adjoint_residual=adjoint.residual,
             result=result,
             stats=as_stats(counts, inner.num_steps, adjoint.num_steps),
+            **evidence,
         )
-        return estimate, HypergradientState(x=inner.x, v=adjoint.value, inner=inner_state)
+        # 4. evidence, where it was asked for
+        estimate = with_evidence(
+            estimate, problem, theta, self.linear_solver, apply, self.error_estimate, self.polish
+        )
+        new_state = HypergradientState(estimate.x, estimate.v, inner_state, *memory)
+        return estimate, new_state
 
     def solution(
         self,
@@ -132,11 +238,11 @@ class Implicit(AbstractHypergradient):
         fixed_condition, fixed_theta = stop_gradient((condition, theta))
         x0 = stop_gradient(start_at(x0, theta))
         state = inner_solver.init(fixed_condition, x0, fixed_theta)
-        inner, _ = inner_solver.solve(fixed_condition, x0, fixed_theta, state)
-        x = or_fail(inner.x, self._inner_result(inner.result), throw)
+        inner, inner_state = inner_solver.solve(fixed_condition, x0, fixed_theta, state)
+        x = or_fail(inner.x, self.inner_result(inner.result), throw)
 
         def solve(matvec: Callable, b: PyTree) -> PyTree:
-            adjoint = self.solve_adjoint(matvec, b, None, fixed_condition, x, fixed_theta)
+            adjoint = self.solve_adjoint(matvec, b, fixed_condition, x, fixed_theta, inner_state)
             return or_fail(adjoint.value, adjoint.result, throw)
 
         return attach_derivative(
@@ -156,13 +262,14 @@ class Implicit(AbstractHypergradient):
         rest = stop_gradient(rest)
         # Of minimise and least_squares the rewritten residual is a gradient.
         is_symmetric = rewrite_fn.__module__.endswith(("._minimise", "._least_squares"))
-        solver = self.linear_solver
-        if solver is None:
-            solver = default_linear_solver(is_symmetric)
 
         def solve(matvec: Callable, b: PyTree) -> PyTree:
-            adjoint = solve_linear(solver, matvec, b, is_symmetric=is_symmetric)
-            adjoint = verify(adjoint, b, matvec(adjoint.value))
+            solver = self._solver(b, is_symmetric)
+            damped = self._damped_product(matvec)
+            adjoint, _ = resume_linear(
+                solver, damped, b, None, None, _memory(solver, b), is_symmetric
+            )
+            adjoint = verify(adjoint, b, damped(adjoint.value))
             return or_fail(adjoint.value, adjoint.result, True)
 
         x = attach_derivative(
@@ -170,42 +277,78 @@ class Implicit(AbstractHypergradient):
         )
         return x, rest
 
-    def products(
-        self, condition: AbstractCondition, x: PyTree, theta: PyTree
-    ) -> tuple[Callable, Callable]:
-        """`v -> A^T v` and `v -> B^T v`, linearised once at `x`."""
-        inner = objective(condition)
-        if inner is None:
-            _, vjp = jax.vjp(condition.residual, x, theta)
-            return lambda v: vjp(v)[0], lambda v: vjp(v)[1]
-        _, matvec = jax.linearize(lambda x: condition.residual(x, theta), x)
-        # Forward over reverse: B^T v is the derivative of grad_theta U along v in x, which
-        # costs what theta touches and no pass through the rest of U.
-        grad_theta = jax.grad(inner, argnums=1)
-        return matvec, lambda v: jax.jvp(lambda x: grad_theta(x, theta), (x,), (v,))[1]
-
     def solve_adjoint(
         self,
         matvec: Callable,
+        b: PyTree,
+        condition: AbstractCondition,
+        x: PyTree,
+        theta: PyTree,
+        inner_state: PyTree = None,
+    ) -> LinearSolution:
+        """One system by itself, its residual measured."""
+        at = Linearised(b, matvec, matvec, lambda v: (matvec(v), None))
+        memory = self._memory(condition, x)
+        adjoint, _, _ = self._solve(at, b, None, condition, x, theta, inner_state, memory)
+        return verify(adjoint, b, self._damped_product(matvec)(adjoint.value))
+
+    def _solve(
+        self,
+        at: Linearised,
         b: PyTree,
         v0: PyTree | None,
         condition: AbstractCondition,
         x: PyTree,
         theta: PyTree,
-    ) -> LinearSolution:
-        solver = self.linear_solver
-        if solver is None:
-            solver = default_linear_solver(condition.is_symmetric)
-        preconditioner = None if self.preconditioner is None else self.preconditioner(x, theta)
-        adjoint = solve_linear(
-            solver, matvec, b, v0, preconditioner, is_symmetric=condition.is_symmetric
+        inner_state: PyTree,
+        memory: tuple[PyTree, PyTree],
+    ) -> tuple[LinearSolution, Callable | None, tuple[PyTree, PyTree]]:
+        """The adjoint, the preconditioner used, and what both remember."""
+        linear, sketch = memory
+        solver = self._solver(x, condition.is_symmetric)
+        matvec = self._damped_product(at.adjoint)
+        apply, extra = None, 0
+        if self.preconditioner is not None:
+            apply, sketch, extra = self.preconditioner.prepare(
+                matvec, condition, x, theta, inner_state, sketch
+            )
+        adjoint, linear = resume_linear(
+            solver, matvec, b, v0, apply, linear, condition.is_symmetric
         )
-        return verify(adjoint, b, matvec(adjoint.value))
+        if self.preconditioner is not None:
+            sketch = self.preconditioner.learn(sketch, adjoint.num_steps)
+        adjoint = eqx.tree_at(lambda s: s.num_products, adjoint, adjoint.num_products + extra)
+        return adjoint, apply, (linear, sketch)
 
-    def _inner_result(self, result: RESULTS) -> RESULTS:
+    def _solver(self, x: PyTree, is_symmetric: bool) -> lx.AbstractLinearSolver:
+        if self.linear_solver is None:
+            return default_linear_solver(is_symmetric, tree_size(x))
+        return self.linear_solver
+
+    def _memory(self, condition: AbstractCondition, x: PyTree) -> tuple[PyTree, PyTree]:
+        """What the linear solver and the preconditioner remember before the first solve."""
+        linear = _memory(self._solver(x, condition.is_symmetric), x)
+        return linear, None if self.preconditioner is None else self.preconditioner.init(x)
+
+    @property
+    def _is_damped(self) -> bool:
+        return not (isinstance(self.damping, int | float) and self.damping == 0)
+
+    def _damped(self, product: PyTree, v: PyTree) -> PyTree:
+        return tree_axpy(self.damping, v, product) if self._is_damped else product
+
+    def _damped_product(self, matvec: Callable) -> Callable:
+        return (lambda v: self._damped(matvec(v), v)) if self._is_damped else matvec
+
+    def inner_result(self, result: RESULTS) -> RESULTS:
+        """What the outcome of the inner solve means to this rule."""
         if not self.inexact:
             return result
         return RESULTS.where(result == RESULTS.nonfinite, result, RESULTS.successful)
+
+
+def _memory(solver: lx.AbstractLinearSolver, x: PyTree) -> PyTree:
+    return solver.start(x) if isinstance(solver, AbstractIterativeLinearSolver) else None
 
 
 def or_fail(x: PyTree, result: RESULTS, throw: bool) -> PyTree:

@@ -11,10 +11,12 @@ from .._inner._external import Given
 from .._linear import LinearSolution
 from .._problem import Bilevel, as_arrays, prepare
 from .._results import RESULTS, first_failure
-from .._tree import lean_jit, tree_size
+from .._tree import flat_to_tree, lean_jit, tree_basis, tree_size
 from ._base import as_stats
 from ._entry import check_types, raise_failure
 from ._implicit import Implicit
+from ._linearise import linearise
+from ._tangent import tangent_columns
 
 
 class Jacobian(eqx.Module):
@@ -106,17 +108,14 @@ def _forward(
     problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit
 ) -> tuple[PyTree, LinearSolution]:
     """Columns: `A J_i = -B e_i`."""
-    residual = problem.inner.residual
-    _, matvec = jax.linearize(lambda x: residual(x, theta), x)
+    at = linearise(problem.inner, x, theta)
 
-    def column(direction: PyTree) -> tuple[PyTree, LinearSolution]:
-        _, b = jax.jvp(lambda theta: residual(x, theta), (theta,), (direction,))
-        solution = rule.solve_adjoint(matvec, b, None, problem.inner, x, theta)
-        return jtu.tree_map(jnp.negative, solution.value), solution
+    def solve(b: PyTree) -> LinearSolution:
+        return rule.solve_adjoint(at.forward, b, problem.inner, x, theta)
 
-    columns, systems = jax.vmap(column)(_standard_basis(theta))
+    columns, systems = tangent_columns(problem.inner, x, theta, solve)
     # Columns come first; the entries of theta belong last.
-    value = jtu.tree_map(lambda c: _split_entries(jnp.moveaxis(c, 0, -1), theta), columns)
+    value = jtu.tree_map(lambda c: flat_to_tree(jnp.moveaxis(c, 0, -1), theta), columns)
     return value, systems
 
 
@@ -124,13 +123,13 @@ def _reverse(
     problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit
 ) -> tuple[PyTree, LinearSolution]:
     """Rows: `A^T w_i = e_i`, and `-B^T w_i`."""
-    matvec, cross = rule.products(problem.inner, x, theta)
+    at = linearise(problem.inner, x, theta)
 
     def row(direction: PyTree) -> tuple[PyTree, LinearSolution]:
-        solution = rule.solve_adjoint(matvec, direction, None, problem.inner, x, theta)
-        return jtu.tree_map(jnp.negative, cross(solution.value)), solution
+        solution = rule.solve_adjoint(at.adjoint, direction, problem.inner, x, theta)
+        return jtu.tree_map(jnp.negative, at.both(solution.value)[1]), solution
 
-    rows, systems = jax.vmap(row)(_standard_basis(x))
+    rows, systems = jax.vmap(row)(tree_basis(x))
     leaves, structure = jtu.tree_flatten(x)
     ends = [0]
     for leaf in leaves:
@@ -141,26 +140,3 @@ def _reverse(
         return jtu.tree_map(lambda r: r[ends[i] : ends[i + 1]].reshape(shape + r.shape[1:]), rows)
 
     return jtu.tree_unflatten(structure, [block(i) for i in range(len(leaves))]), systems
-
-
-def _standard_basis(tree: PyTree) -> PyTree:
-    """The unit vectors of the space of `tree`, stacked along a new first axis."""
-    leaves, structure = jtu.tree_flatten(tree)
-    size = tree_size(tree)
-    basis, begin = [], 0
-    for leaf in leaves:
-        block = jnp.eye(size, leaf.size, -begin, dtype=leaf.dtype)
-        basis.append(block.reshape((size, *leaf.shape)))
-        begin += leaf.size
-    return jtu.tree_unflatten(structure, basis)
-
-
-def _split_entries(a: Array, theta: PyTree) -> PyTree:
-    """The last axis of `a`, which runs over all entries of theta, as the leaves of theta."""
-    leaves, structure = jtu.tree_flatten(theta)
-    parts, begin = [], 0
-    for leaf in leaves:
-        part = a[..., begin : begin + leaf.size]
-        parts.append(part.reshape(a.shape[:-1] + leaf.shape))
-        begin += leaf.size
-    return jtu.tree_unflatten(structure, parts)

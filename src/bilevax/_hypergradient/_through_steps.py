@@ -12,7 +12,7 @@ from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts
 from .._problem import AbstractCondition, Bilevel, start_at
 from .._results import RESULTS
 from .._tree import tree_all_finite, tree_norm
-from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
+from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, no_evidence
 from ._implicit import or_fail
 from ._scan import Checkpoints, repeat
 
@@ -121,9 +121,9 @@ def estimate_through(
         v=None,
         inner_residual=residual,
         inner_tolerance=jnp.full_like(residual, jnp.inf),
-        adjoint_residual=jnp.full_like(residual, jnp.nan),
         result=result,
         stats=as_stats(counts, num_steps, 0),
+        **no_evidence(value, residual),
     )
     return estimate, HypergradientState(x=x, v=None, inner=inner_state)
 

@@ -65,6 +65,14 @@ class AbstractInnerSolver(eqx.Module):
     ) -> tuple[InnerSolution, PyTree]:
         """The solution from `x0`, and the state for the next solve. Not differentiated."""
 
+    def with_rtol(self, rtol: Scalar) -> "AbstractInnerSolver | None":
+        """This solver with another relative tolerance, a number or traced.
+
+        `None` if its accuracy is not for us to choose: a black box, a fixed number of steps.
+        """
+        del rtol
+        return None
+
 
 class AbstractSteppingSolver(AbstractInnerSolver):
     """An inner solver that is a loop over `step`, and so can be unrolled.

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -88,6 +89,11 @@ class Descent(AbstractSteppingSolver):
     def is_fixed_length(self) -> bool:
         return not self._has_tolerance
 
+    def with_rtol(self, rtol: Array) -> "Descent | None":
+        if not self._has_tolerance:
+            return None
+        return eqx.tree_at(lambda s: s.rtol, self, rtol, is_leaf=lambda leaf: leaf is None)
+
     def init(self, condition: AbstractCondition, x0: PyTree, theta: PyTree) -> PyTree:
         del condition
         return self._initial(x0, theta) if self.carry_state else None
@@ -106,7 +112,9 @@ class Descent(AbstractSteppingSolver):
             return x0, optimizer_state
         residual, scale = residual_and_scale(condition, x0, x0, theta)
         rtol = default_rtol(x0) if self.rtol is None and self.atol is None else self.rtol
-        tolerance = (self.atol or 0.0) + (rtol or 0.0) * jnp.maximum(scale, residual)
+        tolerance = (self.atol or 0.0) + (0.0 if rtol is None else rtol) * jnp.maximum(
+            scale, residual
+        )
         return x0, optimizer_state, tolerance, jnp.array(False)
 
     def step(

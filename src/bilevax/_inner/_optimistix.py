@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optimistix as optx
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PyTree, Scalar
 
 from .._problem import AbstractCondition, FixedPoint, LeastSquares, objective
 from .._results import RESULTS
@@ -81,6 +81,16 @@ class Optimistix(AbstractSteppingSolver):
     def is_fixed_length(self) -> bool:
         return False
 
+    def with_rtol(self, rtol: Scalar) -> "Optimistix | None":
+        if isinstance(self.solver, AbstractMeasuredMinimiser):
+            return eqx.tree_at(_own_rtol, self, rtol, is_leaf=_is_none)
+        if not hasattr(self.solver, "rtol"):
+            return None
+        # A tenth: these stop on their steps, and the residual is what counts.
+        return eqx.tree_at(
+            lambda s: (s.solver.rtol, s.rtol), self, (0.1 * rtol, rtol), is_leaf=_is_none
+        )
+
     def init(self, condition: AbstractCondition, x0: PyTree, theta: PyTree) -> None:
         del condition, x0, theta
 
@@ -148,6 +158,14 @@ class Optimistix(AbstractSteppingSolver):
 
 
 _TAGS: frozenset[object] = frozenset()
+
+
+def _own_rtol(solver: Optimistix) -> Any:
+    return solver.solver.rtol
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
 
 
 def _outcome(result: Any, converged: Array) -> RESULTS:

@@ -8,10 +8,14 @@ from jaxtyping import Array, PyTree
 
 from ._base import AbstractIterativeLinearSolver, LinearSolution
 from ._cg import CG
+from ._direct import Direct
 from ._gmres import GMRES
 from ._gradient_descent import GradientDescent
 from ._lineax import NEEDS_DEFINITE, solve_by_lineax
 from ._neumann import Neumann
+
+# Up to this size the whole spectrum costs no more than conjugate gradients, and tells more.
+DIRECT_SIZE = 32
 
 
 def solve_linear(
@@ -47,8 +51,27 @@ def solve_linear(
     return solve_by_lineax(solver, matvec, b, v0, preconditioner, is_symmetric)
 
 
-def default_linear_solver(is_symmetric: bool) -> lx.AbstractLinearSolver:
-    """`CG()` for symmetric systems, otherwise `GMRES()`."""
+def resume_linear(
+    solver: lx.AbstractLinearSolver,
+    matvec: Callable[[PyTree], PyTree],
+    b: PyTree[Array],
+    v0: PyTree[Array] | None,
+    preconditioner: Callable[[PyTree], PyTree] | None,
+    state: PyTree,
+    is_symmetric: bool,
+) -> tuple[LinearSolution, PyTree]:
+    """`solve_linear` with what the solver learnt from earlier systems, and its next state."""
+    if not isinstance(solver, AbstractIterativeLinearSolver):
+        return solve_linear(solver, matvec, b, v0, preconditioner, is_symmetric), state
+    if not is_symmetric:
+        solver = _for_nonsymmetric(solver)
+    return solver.resume(matvec, b, v0, preconditioner, state)
+
+
+def default_linear_solver(is_symmetric: bool, size: int) -> lx.AbstractLinearSolver:
+    """`Direct()` for few variables; `CG()` for symmetric systems, otherwise `GMRES()`."""
+    if is_symmetric and size <= DIRECT_SIZE:
+        return Direct()
     return CG() if is_symmetric else GMRES()
 
 

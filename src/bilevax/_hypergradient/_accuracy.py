@@ -1,0 +1,255 @@
+"""A hypergradient to a relative error that the user chose."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, Int, PyTree, Scalar
+
+from .._inner._base import AbstractInnerSolver, Counts, InnerSolution
+from .._precondition._base import AbstractPreconditioner
+from .._problem import Bilevel
+from .._results import RESULTS
+from .._tree import tree_dtype, tree_norm
+from ._adjoint import evidence_solver
+from ._base import Estimate, HypergradientState, as_stats, no_evidence
+from ._evidence import dual_value, with_bound
+from ._refine import Refined, refine, start
+
+_MAX_REFINEMENTS = 6
+_MAX_ATTEMPTS = 4
+# Beyond this accuracy a tolerance only asks for rounding errors.
+_FLOOR = 10.0
+# The loosest: far from a solution Newton's method says nothing of the error.
+_LOOSEST = 0.1
+
+
+class Accurate(NamedTuple):
+    """A hypergradient to accuracy, and what it took."""
+
+    refined: Refined
+    inner: InnerSolution  # the last inner solve
+    inner_state: PyTree
+    tolerances: Array  # for the next outer step: of the inner solve, of the systems
+    preconditioner: PyTree
+    counts: Counts
+    num_inner_steps: Int[Array, ""]
+    num_adjoint_steps: Int[Array, ""]
+    result: RESULTS
+
+
+class _Carry(NamedTuple):
+    out: Accurate
+    is_accurate: Bool[Array, ""]
+    num_attempts: Int[Array, ""]
+
+
+def first_tolerances(rtol: Any, x: PyTree) -> Array:
+    """Of the inner solve and of the linear systems.
+
+    One Newton step squares the error of x, so that the root of the accuracy will do; the
+    error of v enters as it is.
+    """
+    dtype = tree_dtype(x)
+    rtol = jnp.asarray(rtol, dtype)
+    floor = _FLOOR * jnp.finfo(dtype).eps
+    return jnp.stack([jnp.clip(jnp.sqrt(rtol), floor, _LOOSEST), jnp.clip(0.1 * rtol, floor, 0.1)])
+
+
+def estimate_to_accuracy(
+    problem: Bilevel,
+    inner_solver: AbstractInnerSolver,
+    linear_solver: Any,
+    preconditioner: AbstractPreconditioner | None,
+    accuracy: tuple[Any, Any],
+    x: PyTree,
+    theta: PyTree,
+    state: HypergradientState,
+) -> tuple[Estimate, HypergradientState]:
+    """The estimate of `Implicit(rtol=..., atol=...)`."""
+    memory = (state.inner, state.tolerances, state.preconditioner)
+    found = _hypergradient_to_accuracy(
+        problem,
+        inner_solver,
+        linear_solver,
+        preconditioner,
+        accuracy,
+        x,
+        theta,
+        state.v,
+        memory,
+    )
+    s = found.refined
+    value, aux = problem.outer_value(s.x, theta)
+    residual = problem.inner.residual(s.x, theta)
+    evidence = no_evidence(value, s.inner_residual) | {
+        "adjoint_residual": s.adjoint_residual,
+        "adjoint_tolerance": state.tolerances[1].astype(s.adjoint_residual.dtype),
+        "error_estimate": s.change.astype(s.inner_residual.dtype),
+        "dual_value": dual_value(value, s.v, residual),
+    }
+    estimate = Estimate(
+        value=value,
+        grad=s.grad,
+        aux=aux,
+        x=s.x,
+        v=s.v,
+        inner_residual=s.inner_residual,
+        inner_tolerance=found.inner.tolerance,
+        result=found.result,
+        stats=as_stats(found.counts, found.num_inner_steps, found.num_adjoint_steps),
+        **evidence,
+    )
+    estimate = with_bound(estimate, problem, s.next_x, theta)
+    new_state = HypergradientState(
+        s.x, s.v, found.inner_state, state.linear, found.preconditioner, found.tolerances
+    )
+    return estimate, new_state
+
+
+def _hypergradient_to_accuracy(
+    problem: Bilevel,
+    inner_solver: AbstractInnerSolver,
+    linear_solver: Any,
+    preconditioner: AbstractPreconditioner | None,
+    accuracy: tuple[Any, Any],
+    x: PyTree,
+    theta: PyTree,
+    v: PyTree,
+    state: tuple[PyTree, Array, PyTree],
+) -> Accurate:
+    """The hypergradient to `||error|| <= rtol ||grad|| + atol`, or flagged.
+
+    An inner solve, then Newton steps on x and v together until the hypergradient moves by
+    no more than what was asked for (the error of the one before the last); where Newton's
+    method does not contract, the inner solve goes on to a tighter tolerance.
+    """
+
+    def attempt(carry: _Carry) -> _Carry:
+        return _attempt(
+            problem, inner_solver, linear_solver, preconditioner, accuracy, theta, carry
+        )
+
+    def is_running(carry: _Carry) -> Bool[Array, ""]:
+        is_finite = carry.out.result != RESULTS.nonfinite
+        return ~carry.is_accurate & (carry.num_attempts < _MAX_ATTEMPTS) & is_finite
+
+    blank = _blank(problem, inner_solver, x, theta, v, state)
+    return jax.lax.while_loop(is_running, attempt, blank).out
+
+
+def _blank(
+    problem: Bilevel,
+    inner_solver: AbstractInnerSolver,
+    x: PyTree,
+    theta: PyTree,
+    v: PyTree,
+    state: tuple[PyTree, Array, PyTree],
+) -> _Carry:
+    inner_state, tolerances, preconditioner_state = state
+    struct = jax.eval_shape(lambda: inner_solver.solve(problem.inner, x, theta, inner_state)[0])
+    inner = jtu.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
+    zero = jnp.zeros((), jnp.int32)
+    refined = start(x, v, None, theta)
+    out = Accurate(
+        refined,
+        inner,
+        inner_state,
+        tolerances,
+        preconditioner_state,
+        Counts(),
+        zero,
+        zero,
+        RESULTS.successful,
+    )
+    return _Carry(out, jnp.array(False), zero)
+
+
+def _attempt(
+    problem: Bilevel,
+    inner_solver: AbstractInnerSolver,
+    linear_solver: Any,
+    preconditioner: AbstractPreconditioner | None,
+    accuracy: tuple[Any, Any],
+    theta: PyTree,
+    carry: _Carry,
+) -> _Carry:
+    out = carry.out
+    inner_rtol, linear_rtol = out.tolerances[0], out.tolerances[1]
+    # 1. x to the tolerance of this attempt, from the best point so far
+    told = inner_solver.with_rtol(inner_rtol)
+    solver = inner_solver if told is None else told
+    inner, inner_state = solver.solve(problem.inner, out.refined.x, theta, out.inner_state)
+    # 2. Newton steps on x and v
+    is_symmetric = problem.inner.is_symmetric
+    newton = evidence_solver(linear_solver, inner.x, is_symmetric, linear_rtol)
+    apply, memory, extra = None, out.preconditioner, jnp.zeros((), jnp.int32)
+    if preconditioner is not None:
+        matvec = jax.linearize(lambda x: problem.inner.residual(x, theta), inner.x)[1]
+        apply, memory, extra = preconditioner.prepare(
+            matvec, problem.inner, inner.x, theta, inner_state, memory
+        )
+
+    def is_running(s: Refined) -> Bool[Array, ""]:
+        is_useful = s.is_contracting & (s.result == RESULTS.successful)
+        is_open = (s.num_refinements < 2) | ~_is_accurate(s, accuracy)
+        return is_useful & is_open & (s.num_refinements < _MAX_REFINEMENTS)
+
+    refined = jax.lax.while_loop(
+        is_running,
+        lambda s: refine(problem, theta, s, newton, apply),
+        start(inner.x, out.refined.v, None, theta),
+    )
+    # 3. the verdict, and tolerances for the next attempt or the next outer step
+    is_good = _is_accurate(refined, accuracy) & refined.is_contracting
+    is_good = is_good & (refined.result == RESULTS.successful) & (refined.num_refinements >= 2)
+    if preconditioner is not None:
+        memory = preconditioner.learn(memory, refined.num_steps // refined.num_refinements)
+    counts = Counts(
+        gradients=refined.num_refinements,
+        hessian=refined.num_products + extra,
+        cross=refined.num_refinements,
+    )
+    new = Accurate(
+        refined=refined,
+        inner=inner,
+        inner_state=inner_state,
+        tolerances=_next_tolerances(out.tolerances, refined, is_good, accuracy),
+        preconditioner=memory,
+        counts=out.counts + inner.counts + counts,
+        num_inner_steps=out.num_inner_steps + inner.num_steps,
+        num_adjoint_steps=out.num_adjoint_steps + refined.num_steps,
+        result=_result(refined, inner, is_good),
+    )
+    return _Carry(new, is_good, carry.num_attempts + 1)
+
+
+def _wanted(s: Refined, accuracy: tuple[Any, Any]) -> Scalar:
+    rtol, atol = (jnp.asarray(a, s.change.dtype) for a in accuracy)
+    return rtol * tree_norm(s.grad) + atol
+
+
+def _is_accurate(s: Refined, accuracy: tuple[Any, Any]) -> Bool[Array, ""]:
+    return s.change <= _wanted(s, accuracy)
+
+
+def _next_tolerances(
+    tolerances: Array, s: Refined, is_good: Array, accuracy: tuple[Any, Any]
+) -> Array:
+    """Tighter after a failure, looser where much less error was left than was allowed."""
+    is_easy = is_good & (s.num_refinements <= 2) & (s.change <= 0.01 * _wanted(s, accuracy))
+    factor = jnp.where(is_easy, 3.0, jnp.where(is_good, 1.0, 0.01)).astype(tolerances.dtype)
+    floor = _FLOOR * jnp.finfo(tolerances.dtype).eps
+    return jnp.clip(factor * tolerances, floor, _LOOSEST)
+
+
+def _result(s: Refined, inner: InnerSolution, is_good: Array) -> RESULTS:
+    # What the changes tell: standing still they are rounding errors.
+    is_floor = s.is_contracting & (s.change > 0.3 * s.last_change)
+    late = RESULTS.where(is_floor, RESULTS.stalled, RESULTS.inaccurate)
+    late = RESULTS.where(s.is_contracting, late, RESULTS.inner_not_converged)
+    result = RESULTS.where(s.result == RESULTS.successful, late, s.result)
+    is_finite = jnp.isfinite(s.change) & (inner.result != RESULTS.nonfinite)
+    result = RESULTS.where(is_finite, result, RESULTS.nonfinite)
+    return RESULTS.where(is_good, RESULTS.successful, result)

@@ -1,0 +1,88 @@
+"""Adjoint systems: which solver, from which start, and what is measured of the answer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+from jaxtyping import Array, Int, PyTree, Scalar
+
+from .._linear import (
+    Direct,
+    LinearSolution,
+    default_linear_solver,
+    solve_linear,
+)
+from .._results import RESULTS, first_failure
+from .._tree import tree_size
+from ._linearise import Linearised
+
+# Up to this size evidence comes from a dense factorisation: it is exact, and its products
+# are one matrix product.
+DENSE_EVIDENCE = 256
+
+
+def with_rtol(solver: Any, rtol: Scalar | float) -> Any:
+    """A linear solver with another relative tolerance, if it has one."""
+    if not hasattr(solver, "rtol"):
+        return solver
+    return eqx.tree_at(lambda s: s.rtol, solver, rtol, is_leaf=lambda leaf: leaf is None)
+
+
+def evidence_solver(
+    solver: lx.AbstractLinearSolver | None, x: PyTree, is_symmetric: bool, rtol: Scalar | float
+) -> lx.AbstractLinearSolver:
+    """What solves for the Newton steps behind an error estimate."""
+    if tree_size(x) <= DENSE_EVIDENCE:
+        return Direct()
+    if solver is None:
+        solver = default_linear_solver(is_symmetric, tree_size(x))
+    return with_rtol(solver, rtol)
+
+
+class NewtonSteps(eqx.Module):
+    """The corrections `A dx = residual` of x and `A^T dv = rho` of v."""
+
+    dx: PyTree[Array]
+    dv: PyTree[Array]
+    num_steps: Int[Array, ""]
+    num_products: Int[Array, ""]
+    result: RESULTS
+
+
+def newton_steps(
+    solver: lx.AbstractLinearSolver,
+    at: Linearised,
+    rho: PyTree[Array],
+    preconditioner: Callable[[PyTree], PyTree] | None,
+    is_symmetric: bool,
+) -> NewtonSteps:
+    """Both corrections; of a symmetric system as one batch of two right-hand sides."""
+    if is_symmetric:
+        pair = jtu.tree_map(lambda a, b: jnp.stack([a, b]), at.residual, rho)
+        solved = jax.vmap(lambda b: solve_linear(solver, at.adjoint, b, None, preconditioner))(pair)
+        first, second = (jtu.tree_map(lambda a, i=i: a[i], solved) for i in range(2))
+    else:
+        first = solve_linear(solver, at.forward, at.residual, is_symmetric=False)
+        second = solve_linear(solver, at.adjoint, rho, None, preconditioner, is_symmetric=False)
+    return NewtonSteps(
+        dx=first.value,
+        dv=second.value,
+        num_steps=first.num_steps + second.num_steps,
+        num_products=first.num_products + second.num_products,
+        result=_softened(first_failure(first.result, second.result)),
+    )
+
+
+def _softened(result: RESULTS) -> RESULTS:
+    """A correction at the precision floor is no failure: there is nothing to correct."""
+    return RESULTS.where(result == RESULTS.stalled, RESULTS.successful, result)
+
+
+def first_of_batch(solutions: LinearSolution) -> RESULTS:
+    """The first failure in a batch of systems."""
+    worst = jnp.argmax(solutions.result != RESULTS.successful)
+    return jtu.tree_map(lambda code: code[worst], solutions.result)

@@ -1,0 +1,117 @@
+"""Newton's method on x and v together, until the hypergradient stands still."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+from jaxtyping import Array, Bool, Int, PyTree, Scalar
+
+from .._problem import Bilevel
+from .._results import RESULTS
+from .._tree import tree_norm, tree_sub
+from ._adjoint import newton_steps
+from ._linearise import linearise, outer_at
+
+_ROUNDING = 100.0
+
+
+class Refined(eqx.Module):
+    """A hypergradient after some refinements, and how far the last one moved it.
+
+    `grad` is taken at `(x, v)`; `change` is its distance from the one before, which is
+    the error of that one to first order, and bounds the error of `grad` where Newton's
+    method contracts.
+    """
+
+    # the last evaluation
+    x: PyTree[Array]
+    v: PyTree[Array]
+    grad: PyTree[Array]
+    change: Scalar
+    last_change: Scalar
+    inner_residual: Scalar
+    adjoint_residual: Scalar
+    is_contracting: Bool[Array, ""]  # the residual has halved, or is down to rounding
+    # the next one
+    next_x: PyTree[Array]
+    # reported
+    num_refinements: Int[Array, ""]
+    num_steps: Int[Array, ""]
+    num_products: Int[Array, ""]
+    result: RESULTS
+
+
+def start(x: PyTree, v: PyTree, grad: PyTree | None, theta: PyTree) -> Refined:
+    """Before the first refinement; `grad` is the hypergradient so far, if there is one."""
+    grad = jtu.tree_map(lambda a: jnp.full_like(a, jnp.inf), theta) if grad is None else grad
+    inf = jnp.full((), jnp.inf, tree_norm(x).dtype)
+    inf_theta = jnp.full((), jnp.inf, tree_norm(theta).dtype)
+    zero = jnp.zeros((), jnp.int32)
+    measured = (inf_theta, inf_theta, inf, inf, jnp.array(True))
+    return Refined(x, v, grad, *measured, x, zero, zero, zero, RESULTS.successful)
+
+
+def refine(
+    problem: Bilevel,
+    theta: PyTree,
+    s: Refined,
+    solver: lx.AbstractLinearSolver,
+    preconditioner: Callable[[PyTree], PyTree] | None = None,
+) -> Refined:
+    """One refinement.
+
+    At x, both corrections: `A dx = grad_x U`, `A dv = d_x L - A v`. The hypergradient is
+    taken at `(x, v + dv)`, whose adjoint system is solved; the next one will be at
+    `x - dx`. Two refinements from an inexact `(x, v)` give the hypergradient at the
+    Newton point of both, whose error is of second order.
+    """
+    is_symmetric = problem.inner.is_symmetric
+    x = s.next_x
+    at, outer = linearise(problem.inner, x, theta), outer_at(problem, x, theta)
+    rho = tree_sub(outer.grad_x, at.adjoint(s.v))
+    steps = newton_steps(solver, at, rho, preconditioner, is_symmetric)
+    v = jtu.tree_map(jnp.add, s.v, steps.dv)
+    product, cross = at.both(v)
+    grad = tree_sub(outer.grad_theta, cross)
+    norm_b = tree_norm(outer.grad_x)
+    adjoint_residual = tree_norm(tree_sub(outer.grad_x, product))
+    residual = tree_norm(at.residual)
+    # A gradient is a difference of terms of the size of A x: this much of it is rounding.
+    floor = _ROUNDING * jnp.finfo(residual.dtype).eps * tree_norm(at.forward(x))
+    return Refined(
+        x=x,
+        v=v,
+        grad=grad,
+        change=tree_norm(tree_sub(grad, s.grad)),
+        last_change=s.change,
+        inner_residual=residual,
+        adjoint_residual=adjoint_residual / jnp.where(norm_b > 0, norm_b, 1),
+        is_contracting=(residual <= 0.5 * s.inner_residual) | (residual <= floor),
+        next_x=tree_sub(x, steps.dx),
+        num_refinements=s.num_refinements + 1,
+        num_steps=s.num_steps + steps.num_steps,
+        num_products=s.num_products + steps.num_products + 3,
+        result=steps.result,
+    )
+
+
+def refine_twice(
+    problem: Bilevel,
+    theta: PyTree,
+    first: Refined,
+    solver: lx.AbstractLinearSolver,
+    preconditioner: Callable[[PyTree], PyTree] | None,
+) -> Refined:
+    """At x with v corrected, then at the Newton point; `change` is from `first.grad`."""
+
+    def step(_: Array, s: Refined) -> Refined:
+        new = refine(problem, theta, s, solver, preconditioner)
+        failed = s.result != RESULTS.successful
+        return eqx.tree_at(lambda r: r.result, new, RESULTS.where(failed, s.result, new.result))
+
+    last = jax.lax.fori_loop(0, 2, step, first)
+    change = tree_norm(tree_sub(last.grad, first.grad))
+    return eqx.tree_at(lambda r: r.change, last, change)

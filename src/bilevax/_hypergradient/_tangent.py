@@ -1,0 +1,28 @@
+"""Tangent systems: the columns of `D x*`."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from .._linear import LinearSolution
+from .._problem import AbstractCondition
+from .._tree import tree_basis
+
+
+def tangent_columns(
+    condition: AbstractCondition,
+    x: PyTree,
+    theta: PyTree,
+    solve: Callable[[PyTree], LinearSolution],
+) -> tuple[PyTree, LinearSolution]:
+    """`J_i`, `A J_i = -B e_i`, for every entry of theta along a first axis; the systems."""
+
+    def column(direction: PyTree) -> tuple[PyTree, LinearSolution]:
+        _, b = jax.jvp(lambda t: condition.residual(x, t), (theta,), (direction,))
+        solution = solve(b)
+        return jtu.tree_map(jnp.negative, solution.value), solution
+
+    return jax.vmap(column)(tree_basis(theta))
