@@ -52,7 +52,7 @@ class AbstractPreconditioner(eqx.Module):
 class FromFunction(AbstractPreconditioner):
     """The user's own: a function `(x, theta)` that returns a function `r -> z`."""
 
-    fn: Callable[[PyTree, PyTree], Apply]
+    fn: Callable
 
     def init(self, x: PyTree[Array]) -> None:
         del x
