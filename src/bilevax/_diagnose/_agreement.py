@@ -9,13 +9,10 @@ from jaxtyping import PyTree
 
 from .._hypergradient._base import Estimate
 from .._problem import Bilevel
-from .._tree import tree_axpy, tree_dot, tree_dtype, tree_norm, tree_sub
+from .._tree import tree_all_finite, tree_axpy, tree_dot, tree_dtype, tree_norm, tree_sub
 from ._base import Comparison
 from ._differences import random_direction, relative, slope, unit
 from ._measurements import Solved, solve_again
-
-# Values of sums of many terms are rounded by about this many units in the last place.
-ROUNDING = 32.0
 
 
 class Agreement(NamedTuple):
@@ -42,11 +39,12 @@ def compare_directions(
     The inner problem is solved from `start` at every point.
     """
     base = solve_again(problem, solver, start, theta)
-    eps = float(jnp.finfo(tree_dtype(start)).eps)
+    if not tree_all_finite((base.value, base.residual, base.x, estimate.grad, estimate.v)):
+        return Agreement((), relative(base.residual, base.scale), False, False)
     # An inner residual r moves the outer objective by v'r (v is its adjoint variable).
-    noise = ROUNDING * eps * abs(float(base.value))
+    noise = 0.0
     if estimate.v is not None:
-        noise += float(tree_norm(estimate.v)) * float(base.residual)
+        noise = float(tree_norm(estimate.v)) * float(base.residual)
     rows = [
         _compare(problem, solver, start, theta, estimate, base, noise, name, direction)
         for name, direction in _directions(theta, estimate.grad, num)
@@ -95,11 +93,12 @@ def _compare(
         residuals.append(relative(solved.residual, solved.scale))
         return float(solved.value)
 
+    eps = float(jnp.finfo(base.value.dtype).eps)
     predicted = float(tree_dot(estimate.grad, direction))
     # What a derivative along a direction of this length usually is.
     scaled = jtu.tree_map(lambda h, t: h * unit(t), estimate.grad, theta)
     usual = float(tree_norm(scaled))
-    found = slope(along, float(base.value), noise, usual)
+    found = slope(along, float(base.value), eps, noise, usual)
     size = max(abs(predicted), abs(found.value), usual)
     gap = abs(predicted - found.value)
     # Three digits, two below float64: what the default tolerances of a rule promise.

@@ -45,7 +45,8 @@ class Check:
         if `is_exact`, it is the extreme one. Otherwise the smallest is an upper estimate.
     - `num_singular`: how many of those that were computed are zero up to rounding.
     - `condition`: the condition number, a lower bound unless `is_exact`; `attainable`: the
-        relative error of the adjoint variable that the dtype allows, `condition * eps`.
+        relative error of the adjoint variable that the dtype allows, `condition * eps`
+        (`eps`: the precision of the dtype).
     - `spectral_radius`, `contraction`: of a fixed point's map, `contraction` its two-norm.
     - `lipschitz`, `step_size`: of the inner gradient, and one over it; `cross_norm`: `||B||`,
         zero if it is rounding;
@@ -79,6 +80,7 @@ class Check:
     largest_uncertainty: float
     num_singular: int
     condition: float
+    eps: float
     attainable: float
     spectral_radius: float
     contraction: float

@@ -139,10 +139,10 @@ def _measure(
     num_directions: int,
     max_lanczos_steps: int,
 ) -> Check:
-    here = at_point(problem, x, theta)
-    ends = spectrum(problem, x, theta, max_lanczos_steps)
     # 1. the hypergradient, at the polished x
     polished = solve_again(problem, solver, x, theta)
+    here = at_point(problem, x, polished.x, theta)
+    ends = spectrum(problem, x, theta, max_lanczos_steps)
     if isinstance(rule, Implicit):
         start = polished.x
         estimate = _estimate(problem, start, theta, Given(), rule)
@@ -153,7 +153,8 @@ def _measure(
     # 2. the differences
     kink, wrong = self_check(problem, x, theta, here)
     agreement = compare_directions(problem, solver, start, theta, estimate, num_directions)
-    if agreement.has_kink and not (kink or agreement.jumps):
+    is_resolved = agreement.resolved_residual <= default_rtol(x)
+    if agreement.has_kink and is_resolved and not (kink or wrong or agreement.jumps):
         kink = "outer objective at the inner solution, along theta"
     # 3. the constants
     v = tree_zeros_like(x) if estimate.v is None else estimate.v
@@ -179,7 +180,8 @@ def _measure(
         kink=kink,
         wrong_derivative=wrong,
         jumps=agreement.jumps,
-        is_finite=bool(here.is_finite) and bool(np.isfinite([norm, ends.largest]).all()),
+        is_finite=bool(here.is_finite)
+        and all(np.isfinite([norm, ends.largest, float(polished.value), float(polished.residual)])),
     )
 
 
@@ -210,6 +212,7 @@ def _of_spectrum(ends: Spectrum, eps: float) -> dict[str, Any]:
     return {
         "curvature": ends.verdict,
         **{key: value for key, value in ends._asdict().items() if key not in {"verdict", "matrix"}},
+        "eps": eps,
         "attainable": ends.condition * eps,
         "lipschitz": lipschitz,
         "step_size": 1 / lipschitz if lipschitz > 0 else float("nan"),

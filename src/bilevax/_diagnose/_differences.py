@@ -12,6 +12,8 @@ from jaxtyping import Array, PyTree
 # Each step is a quarter of the one before, so that an error of second order falls by 16.
 _RATIO = 4.0
 _MAX_STEPS = 5
+# Sums of many terms are rounded by about this many units in the last place.
+_UNITS = 32.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,25 +43,31 @@ class Slope:
         return bool(is_real and small > 2 / _RATIO * large)
 
 
-def slope(fn: Callable[[float], float], at_zero: float, noise: float, size: float) -> Slope:
-    """The derivative at zero of `fn`, whose values are known up to `noise`.
+def slope(
+    fn: Callable[[float], float], at_zero: float, eps: float, noise: float, size: float
+) -> Slope:
+    """The derivative at zero of `fn`, computed in a dtype of precision `eps`.
 
-    `size` is a guess of the derivative. If one unit of the argument is a change of order
-    one, the error at step `s` is about `noise / s + size s^2`: smallest at the cube root
-    of `noise / size`. Where the unit is misjudged the first two steps disagree, and
-    smaller ones are tried; the pair that agrees best is kept.
+    Its values are rounded, and uncertain by `noise` for other reasons. `size` is a guess of
+    the derivative. If one unit of the argument is a change of order one, the error at step
+    `s` is about `noise / s + size s^2`: smallest at the cube root of `noise / size`. Where
+    the unit is misjudged the first two steps disagree, and smaller ones are tried; the
+    pair that agrees best is kept.
     """
+    noise += _UNITS * eps * abs(at_zero)
     step = float(np.clip(np.cbrt(noise / size), 1e-5, 0.03)) if size > 0 else 1e-3
     before, best = _difference(fn, at_zero, step), None
     for _ in range(_MAX_STEPS - 1):
         step, previous_step = step / _RATIO, step
         now = _difference(fn, at_zero, step)
         change = abs(now[0] - before[0])
-        found = Slope(now[0], change + noise / step, (before[1], now[1]), step, previous_step)
+        # The argument is rounded too, which counts where the slope is small and bends.
+        rounding = noise / step + _UNITS * eps * now[1] / step
+        found = Slope(now[0], change + rounding, (before[1], now[1]), step, previous_step)
         if best is None or not best.uncertainty <= found.uncertainty:
             best = found
         # False also where a value is not finite: a smaller step may stay in the domain.
-        if change <= 1e-4 * max(size, abs(now[0])) + noise / step:
+        if change <= 1e-4 * max(size, abs(now[0])) + rounding:
             break
         before = now
     assert best is not None
@@ -73,16 +81,17 @@ def _difference(fn: Callable[[float], float], at_zero: float, step: float) -> tu
 
 
 def random_direction(like: PyTree[Array], seed: int) -> PyTree[Array]:
-    """Signs without order, the same each time, times the size of the entries of `like`.
+    """Numbers without order, the same each time, of the size of the entries of `like`.
 
-    A step of `s` along it changes every entry by `s` relative to its leaf, but at least
-    to one: a zero has no size, and a logarithm near zero is no small number.
+    A step of `s` along it changes every entry by `s/2` to `s` relative to its leaf, but at
+    least to one: a zero has no size, and a logarithm near zero is no small number.
     """
     generator = np.random.default_rng(seed)
 
     def leaf(x: Array) -> Array:
         signs = 2.0 * generator.integers(0, 2, x.shape) - 1.0
-        return jnp.asarray(unit(x) * signs, x.dtype)
+        sizes = generator.uniform(0.5, 1.0, x.shape)
+        return jnp.asarray(unit(x) * signs * sizes, x.dtype)
 
     return jtu.tree_map(leaf, like)
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree, Scalar
 from .._inner._base import residual_and_scale
 from .._inner._default import as_inner_solver
 from .._inner._external import External
-from .._linear import default_linear_solver, solve_linear
+from .._linear import CG, GMRES, solve_linear
 from .._problem import Bilevel, objective
 from .._results import RESULTS
 from .._tree import (
@@ -20,6 +20,7 @@ from .._tree import (
     tree_dot,
     tree_norm,
     tree_sub,
+    tree_where,
 )
 from ._lanczos import largest_singular_value
 
@@ -68,12 +69,16 @@ class AtPoint(NamedTuple):
 
 
 @lean_jit
-def at_point(problem: Bilevel, x: PyTree, theta: PyTree) -> AtPoint:
-    """The outer objective, the inner residual and its scale, at `x` as it is."""
+def at_point(problem: Bilevel, x: PyTree, solution: PyTree, theta: PyTree) -> AtPoint:
+    """The outer objective, the inner residual and its scale, at `x` as it is.
+
+    The scale is that of `measure`, with the solution in the place of the start.
+    """
     outer = jax.value_and_grad(lambda theta: problem.outer_value(x, theta)[0])
     value, direct = outer(theta)
     residual = problem.inner.residual(x, theta)
-    norm, scale = residual_and_scale(problem.inner, x, x, theta)
+    solution = tree_where(tree_all_finite(solution), solution, x)
+    norm, scale = residual_and_scale(problem.inner, x, solution, theta)
     is_finite = tree_all_finite((value, direct, residual, scale, x, theta))
     norms = (tree_norm(x), tree_norm(theta), tree_norm(direct))
     return AtPoint(value, residual, norm, scale, *norms, is_finite)
@@ -99,7 +104,7 @@ def newton_step(
 def _iterated_newton_step(problem: Bilevel, x: PyTree, theta: PyTree, residual: PyTree) -> Scalar:
     _, matvec = jax.linearize(lambda x: problem.inner.residual(x, theta), x)
     is_symmetric = problem.inner.is_symmetric
-    solver = default_linear_solver(is_symmetric)
+    solver = CG() if is_symmetric else GMRES()
     step = solve_linear(solver, matvec, residual, is_symmetric=is_symmetric)
     # An estimate: one digit is enough, whatever the solver asked of itself.
     is_good = (step.result == RESULTS.successful) | (step.residual < 0.1)

@@ -32,6 +32,14 @@ def _is_unconverged(c: Check) -> bool:
     return not _is_solution(c) and not c.error_at_x <= c.rtol
 
 
+def _is_too_coarse(c: Check) -> bool:
+    """Whether residuals, of x or of the solver, are rounding and not small enough."""
+    floor = 4 * c.eps * c.lipschitz * c.x_norm
+    is_far = _is_unconverged(c) and c.inner_residual <= floor
+    is_unsolved = c.rtol < c.resolved_residual <= floor / max(c.inner_scale, floor)
+    return is_far or is_unsolved or 0.1 < c.attainable < math.inf
+
+
 def _no_influence(c: Check) -> bool:
     """Whether theta reaches neither the inner residual nor, directly, the outer objective."""
     return _is_implicit(c) and c.cross_norm == 0 and c.direct_norm == 0
@@ -45,7 +53,7 @@ def _is_far(c: Check) -> bool:
 
 def _nonfinite(c: Check) -> str:
     del c
-    return "A NaN or an infinity: " + RESULTS[RESULTS.nonfinite]
+    return f"{RESULTS[RESULTS.nonfinite]}"
 
 
 def _kink(c: Check) -> str:
@@ -120,10 +128,14 @@ def _singular(c: Check) -> str:
 
 
 def _coarse(c: Check) -> str:
+    known = f"is known to {c.attainable:.0e} at best" if c.attainable < 1 else "has no digit"
+    condition = min(c.condition, 1 / c.eps)
+    remedy = "improve the scaling of x"
+    if c.dtype != "float64":
+        remedy = f"use float64 (jax.config.update('jax_enable_x64', True)), or {remedy}"
     return (
-        f"{c.dtype} is too coarse: with a condition number of {c.condition:.1e} the adjoint "
-        f"variable is known to {c.attainable:.0e} at best. Use float64 "
-        "(jax.config.update('jax_enable_x64', True)), or improve the scaling of x."
+        f"{c.dtype} is too coarse: with a condition number of {condition:.1e} the adjoint "
+        f"variable {known}; {remedy}."
     )
 
 
@@ -155,12 +167,13 @@ _CAUSES: tuple[tuple[Callable[[Check], bool], Callable[[Check], str]], ...] = (
     (lambda c: c.kink != "", _kink),
     (lambda c: c.wrong_derivative != "", _wrong_derivative),
     (_no_influence, _unreached),
+    (lambda c: c.curvature != "indefinite" and _is_implicit(c) and _is_too_coarse(c), _coarse),
     (lambda c: _is_implicit(c) and _is_unconverged(c), _not_converged),
     (lambda c: c.curvature == "indefinite" and (_is_implicit(c) or _is_suspect(c)), _indefinite),
     (lambda c: c.jumps or (_is_implicit(c) and _is_far(c)), _jumped),
     (lambda c: _is_implicit(c) and not c.resolved_residual <= c.rtol, _unresolved),
     (lambda c: c.curvature == "singular" and _is_suspect(c), _singular),
-    (lambda c: 0.1 < c.attainable < math.inf or (c.attainable > 1e-3 and _is_suspect(c)), _coarse),
+    (lambda c: c.attainable > 1e-3 and _is_suspect(c), _coarse),
     (lambda c: c.outcome != "successful", _flagged),
     (lambda c: not c.agrees and c.condition * c.adjoint_residual > 1e-3, _loose),
     (lambda c: not c.agrees, _other),

@@ -80,7 +80,7 @@ def _judge(
 ) -> Spectrum:
     """The words for the eigenvalues, in ascending order; below `floor` they are rounding."""
     if len(values) == 0:
-        return _unknown(None)._replace(verdict="empty", condition=1.0)
+        return Spectrum(0.0, 0.0, 0.0, 0.0, True, 0, 1.0, "empty")
     # Ritz values are Rayleigh quotients, never below the smallest eigenvalue: a negative
     # one proves negative curvature, a zero one of a semidefinite matrix a singular one.
     sizes = np.abs(values)

@@ -46,14 +46,16 @@ def _spectrum(c: Check) -> list[str]:
     word = "eigenvalues" if has_eigenvalues else "singular values"
     name = "curvature" if has_eigenvalues else "derivative in x"
     count = f" ({c.num_singular} below rounding)" if c.num_singular else ""
-    ends = (
-        f"{c.smallest:.4g} +- {c.smallest_uncertainty:.1e} to "
-        f"{c.largest:.4g} +- {c.largest_uncertainty:.1e}"
-    )
+    if c.is_exact:
+        ends = f"{c.smallest:.4g} to {c.largest:.4g}, up to {c.largest_uncertainty:.1e}"
+    else:
+        ends = (
+            f"at most {c.smallest:.4g} to at least {c.largest:.4g} (Lanczos: one within "
+            f"{c.smallest_uncertainty:.1e}, {c.largest_uncertainty:.1e} of these)"
+        )
     lines = [_row(name, f"{c.curvature}{count}"), _row(word, ends)]
     if not c.is_exact:
-        lines.append(_row("", "by Lanczos: the smallest is an upper estimate, the true one may be"))
-        lines.append(_row("", "far below (a quarter of it is a common guess)"))
+        lines.append(_row("", "the smallest may be far below; a quarter is a common guess"))
     if not math.isnan(c.spectral_radius):
         verdict = "iteration converges" if c.spectral_radius < 1 else "iteration does NOT converge"
         lines.append(
@@ -100,4 +102,4 @@ def _hypergradient(c: Check) -> list[str]:
         for row in c.comparisons
     ]
     lines = [_row("outer value", f"{c.value:.6g}"), _row("hypergradient", text)]
-    return [*lines, differences, *rows]
+    return [*lines, differences, *rows] if rows else lines
