@@ -23,6 +23,7 @@ from ._linear import (
     Neumann as Neumann,
 )
 from ._hypergradient._implicit import Implicit as Implicit
+from ._hypergradient._minimum_norm import MinimumNorm as MinimumNorm
 from ._hypergradient._unrolled import Unrolled as Unrolled
 from ._hypergradient._truncated import Truncated as Truncated
 from ._hypergradient._one_step import OneStep as OneStep

@@ -17,6 +17,7 @@ from .._results import RESULTS, SolveError
 from .._tree import is_traced, lean_jit
 from ._base import AbstractHypergradient, Estimate, HypergradientState
 from ._implicit import Implicit
+from ._minimum_norm import MinimumNorm
 
 
 def hypergradient(
@@ -42,7 +43,8 @@ def hypergradient(
     - `inner_solver`: an Optimistix solver, `bx.NewtonCG()`, `bx.LBFGS()`, `bx.Descent(...)`,
         `bx.External(fn)`, `bx.Traceable(fn)` or `bx.Given()`. Default: `bx.NewtonCG()` for a
         minimum, Newton's method for a root, iteration for a fixed point.
-    - `rule`: how `x*(theta)` is differentiated; `bx.Implicit()` by default.
+    - `rule`: how `x*(theta)` is differentiated; `bx.Implicit()` by default. If the adjoint
+        system then is singular, `bx.MinimumNorm()` takes over (not under your own `jit`).
     - `state`: from the previous call. The inner solve then starts at its `x` instead of
         `x0`, and the adjoint system at its `v`. A warm start compiles nothing new.
     - `throw`: raise `bx.SolveError` if the outcome is not successful. With `False`, look
@@ -77,7 +79,20 @@ def hypergradient(
         x0 = run_on_host(problem, inner_solver, x0, theta)
         inner_solver = inner_solver.as_given()
     estimate, new_state = _estimate(problem, inner_solver, rule, x0, theta, state)
+    if is_singular(rule, estimate.result):
+        first, start = estimate, estimate.x
+        estimate, new_state = _estimate(
+            problem, inner_solver, MinimumNorm(), start, theta, new_state
+        )
+        stats = jax.tree_util.tree_map(jnp.add, first.stats, estimate.stats)
+        estimate = eqx.tree_at(lambda e: e.stats, estimate, stats)
     return (raise_failure(estimate) if throw else estimate), new_state
+
+
+def is_singular(rule: AbstractHypergradient, result: RESULTS) -> bool:
+    """Whether `MinimumNorm` is to take over from the rule, which found a singular system."""
+    may_change = isinstance(rule, Implicit) and rule.is_default
+    return may_change and not result.is_traced() and bool(result == RESULTS.singular)
 
 
 def argmin(
@@ -145,8 +160,8 @@ def check_types(problem: Any, rule: Any = None) -> None:
         if isinstance(rule, optax.GradientTransformation):
             hint = " An Optax optimiser goes into bx.DoubleLoop(optimizer=...)."
         raise TypeError(
-            "The rule must be bx.Implicit(), bx.Unrolled(), bx.Truncated(...) or bx.OneStep(); "
-            f"got {type(rule).__name__}.{hint}"
+            "The rule must be bx.Implicit(), bx.MinimumNorm(), bx.Unrolled(), bx.Truncated(...) "
+            f"or bx.OneStep(); got {type(rule).__name__}.{hint}"
         )
 
 
@@ -168,6 +183,8 @@ def raise_failure(estimate: Any) -> Any:
         f"{float(estimate.inner_tolerance):.2e}), relative adjoint residual "
         f"{np.max(estimate.adjoint_residual):.2e}"
     )
+    if np.isfinite(getattr(estimate, "error_estimate", np.nan)):
+        numbers += f", estimated error {float(estimate.error_estimate):.2e}"
     raise SolveError(f"{RESULTS[result]} [{numbers}; pass throw=False to get it anyway]", result)
 
 

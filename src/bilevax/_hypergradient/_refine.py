@@ -9,13 +9,14 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
+from .._linear._common import signs_like
 from .._problem import Bilevel
 from .._results import RESULTS
-from .._tree import tree_norm, tree_sub
+from .._tree import tree_norm, tree_size, tree_sub
 from ._adjoint import newton_steps
 from ._linearise import linearise, outer_at
 
-_ROUNDING = 100.0
+_ROUNDING = 10.0
 
 
 class Refined(eqx.Module):
@@ -79,8 +80,12 @@ def refine(
     norm_b = tree_norm(outer.grad_x)
     adjoint_residual = tree_norm(tree_sub(outer.grad_x, product))
     residual = tree_norm(at.residual)
-    # A gradient is a difference of terms of the size of A x: this much of it is rounding.
-    floor = _ROUNDING * jnp.finfo(residual.dtype).eps * tree_norm(at.forward(x))
+    # A gradient is a difference of terms of the size ||A|| ||x||: this much of it is
+    # rounding. The size of A from one product with a pseudo-random vector, which estimates
+    # its Frobenius norm.
+    probe = jtu.tree_map(signs_like, x)
+    size_A = jnp.sqrt(tree_size(x)) * tree_norm(at.forward(probe)) / tree_norm(probe)
+    floor = _ROUNDING * jnp.finfo(residual.dtype).eps * size_A * tree_norm(x)
     return Refined(
         x=x,
         v=v,

@@ -1,0 +1,241 @@
+"""The hypergradient where the inner problem has many solutions."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+from jaxtyping import Array, Bool, PyTree, Scalar
+
+from .._inner._base import AbstractInnerSolver, Counts
+from .._linear import Direct, LinearSolution, default_linear_solver, solve_linear, verify
+from .._linear._common import check_count, signs_like
+from .._linear._minres import MINRES
+from .._problem import AbstractCondition, Bilevel, start_at
+from .._results import RESULTS, first_failure
+from .._tree import (
+    default_rtol,
+    flat_to_tree,
+    stop_gradient,
+    tree_all_finite,
+    tree_dot,
+    tree_dtype,
+    tree_norm,
+    tree_size,
+    tree_sub,
+)
+from ._adjoint import DENSE_EVIDENCE, first_of_batch
+from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, no_evidence
+from ._evidence import dual_value
+from ._implicit import Implicit, or_fail
+from ._linearise import Linearised, Outer, linearise, outer_at
+from ._tangent import tangent_columns
+
+# A null space smaller than this part of a random vector is rounding.
+_IS_NULL = 1e-5
+
+
+class MinimumNorm(AbstractHypergradient):
+    """The hypergradient of the response of smallest norm, for singular inner problems.
+
+    Where the inner problem has many solutions `A = d2_xx U` is singular. Let the solutions
+    move smoothly with theta; then the tangent system `A D x* = -B` has solutions, but the
+    adjoint system `A v = d_x L` in general has none. Of all responses the one of smallest
+    norm, `D x* = -A^+ B`, is what gradient descent from a fixed start follows, and
+
+        grad = d_theta L - B^T A^+ d_x L.
+
+    - For at most `max_tangents` entries of theta the tangent systems are solved, one a
+      column, in one batch. They are consistent, so that conjugate gradients are safe.
+    - For more, `v = A^+ d_x L` by `bx.MINRES(minimum_norm=True)` or, for few inner
+      variables, `bx.Direct(minimum_norm=True)`. That the tangent system is consistent is
+      then probed: `B^T` must not see the null space of `A`, tried on the part of `d_x L`
+      and of a fixed pseudo-random vector in it.
+
+    If the tangent system is inconsistent there is no differentiable selection of
+    solutions, and the outcome is `singular`. Negative curvature is flagged as always. The
+    objective that this is the hypergradient of is that of the solution nearest to the
+    start of the inner solve: `DoubleLoop(start="cold")` makes it independent of the path.
+
+    **Arguments:**
+
+    - `max_tangents`: the largest number of entries of theta for tangent systems.
+    - `inexact`: as in `Implicit`.
+
+    **Cost:** for few outer variables as many solves as entries of theta, else two; a
+    Hessian product a step, and two or three cross products.
+
+    **Exact when** the solutions form a smooth manifold along which `A` has constant rank
+    (Morse-Bott), and x is one of them; where `A` is invertible it agrees with `Implicit`.
+
+    !!! example
+
+        ```python
+        import bilevax as bx, jax.numpy as jnp
+
+        problem = bx.Bilevel(  # one equation for two unknowns
+            inner=lambda x, theta: (x[0] + 2 * x[1] - theta) ** 2,
+            outer=lambda x, theta: jnp.sum((x - 1.0) ** 2),
+        )
+        bx.hypergradient(problem, jnp.zeros(2), jnp.array(1.0), rule=bx.MinimumNorm())[0].grad
+        ```
+
+    Reference: Arbel and Mairal, "Non-convex bilevel games with critical point selection
+    maps", 2022 (arXiv:2207.04888), proposition 1: `d_theta phi = -A^+ B` for the selection.
+    """
+
+    max_tangents: int = 32
+    inexact: bool = False
+
+    def __check_init__(self) -> None:
+        check_count("MinimumNorm", max_tangents=self.max_tangents)
+
+    @property
+    def differentiates_start(self) -> bool:
+        return False
+
+    def init(
+        self, problem: Bilevel, inner_solver: AbstractInnerSolver, x0: PyTree, theta: PyTree
+    ) -> HypergradientState:
+        # Of the state of `Implicit`, so that a run can change over from one to the other.
+        return Implicit().init(problem, inner_solver, x0, theta)
+
+    def estimate(
+        self,
+        problem: Bilevel,
+        inner_solver: AbstractInnerSolver,
+        x0: PyTree,
+        theta: PyTree,
+        state: HypergradientState,
+    ) -> tuple[Estimate, HypergradientState]:
+        condition = problem.inner
+        inner, inner_state = inner_solver.solve(condition, start_at(x0, theta), theta, state.inner)
+        x = inner.x
+        at, outer = linearise(condition, x, theta), outer_at(problem, x, theta)
+        is_small = tree_size(theta) <= self.max_tangents
+        differentiate = _by_tangents if is_small else _by_adjoint
+        grad, v, systems, is_consistent = differentiate(condition, at, outer, x, theta)
+        is_finite = tree_all_finite((outer.value, grad))
+        result = first_failure(
+            Implicit(inexact=self.inexact).inner_result(inner.result),
+            first_of_batch(systems),
+            RESULTS.where(is_consistent, RESULTS.successful, RESULTS.singular),
+            RESULTS.where(is_finite, RESULTS.successful, RESULTS.nonfinite),
+        )
+        counts = Counts(1, jnp.sum(systems.num_products), systems.residual.shape[0])
+        evidence = no_evidence(outer.value, inner.residual)
+        evidence["adjoint_residual"] = jnp.max(systems.residual)
+        if v is not None:
+            evidence["dual_value"] = dual_value(outer.value, v, at.residual)
+        estimate = Estimate(
+            value=outer.value,
+            grad=grad,
+            aux=outer.aux,
+            x=x,
+            v=v,
+            inner_residual=inner.residual,
+            inner_tolerance=inner.tolerance,
+            result=result,
+            stats=as_stats(inner.counts + counts, inner.num_steps, jnp.sum(systems.num_steps)),
+            **evidence,
+        )
+        return estimate, HypergradientState(x, state.v, inner_state)
+
+    def solution(
+        self,
+        condition: AbstractCondition,
+        inner_solver: AbstractInnerSolver,
+        x0: PyTree,
+        theta: PyTree,
+        throw: bool,
+    ) -> PyTree[Array]:
+        size = tree_size(start_at(x0, theta))
+        solver = _minimum_norm_solver(condition.is_symmetric, size)
+        rule = Implicit(solver, inexact=self.inexact)
+        x = rule.solution(condition, inner_solver, x0, theta, throw)
+        at = linearise(*stop_gradient((condition, x, theta)))
+        _, is_consistent = _solve_and_probe(solver, at, [], stop_gradient(x), condition)
+        result = RESULTS.where(is_consistent, RESULTS.successful, RESULTS.singular)
+        return or_fail(x, result, throw)
+
+    def apply(
+        self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
+    ) -> PyTree[Array]:
+        is_symmetric = rewrite_fn.__module__.endswith(("._minimise", "._least_squares"))
+        rule = Implicit(_minimum_norm_solver(is_symmetric, size=None))
+        return rule.apply(primal_fn, rewrite_fn, inputs, tags)
+
+
+Found = tuple[PyTree, PyTree | None, LinearSolution, Bool[Array, ""]]
+
+
+def _by_tangents(
+    condition: AbstractCondition, at: Linearised, outer: Outer, x: PyTree, theta: PyTree
+) -> Found:
+    """`d_theta L + (D x*)^T d_x L` from the columns of `D x*`: no `v`."""
+    size, is_symmetric = tree_size(x), condition.is_symmetric
+    dense = size <= DENSE_EVIDENCE
+    solver = Direct() if dense else default_linear_solver(is_symmetric, size)
+
+    def solve(b: PyTree) -> LinearSolution:
+        found = solve_linear(solver, at.forward, b, is_symmetric=is_symmetric)
+        return verify(found, b, at.forward(found.value))
+
+    columns, systems = tangent_columns(condition, x, theta, solve)
+    products = jax.vmap(lambda column: tree_dot(column, outer.grad_x))(columns)
+    grad = jtu.tree_map(jnp.add, outer.grad_theta, flat_to_tree(products, theta))
+    return grad, None, systems, jnp.array(True)
+
+
+def _by_adjoint(
+    condition: AbstractCondition, at: Linearised, outer: Outer, x: PyTree, theta: PyTree
+) -> Found:
+    """`d_theta L - B^T v`, `v = A^+ d_x L`, and whether that means anything."""
+    solver = _minimum_norm_solver(condition.is_symmetric, tree_size(x))
+    systems, is_consistent = _solve_and_probe(solver, at, [outer.grad_x], x, condition)
+    v = jtu.tree_map(lambda a: a[0], systems.value)
+    grad = tree_sub(outer.grad_theta, at.both(v)[1])
+    return grad, v, systems, is_consistent
+
+
+def _solve_and_probe(
+    solver: lx.AbstractLinearSolver,
+    at: Linearised,
+    sides: list[PyTree],
+    x: PyTree,
+    condition: AbstractCondition,
+) -> tuple[LinearSolution, Bool[Array, ""]]:
+    """`A^+ b` for the given sides and a pseudo-random one; is `B^T` blind to their null parts?
+
+    `b - A A^+ b` is the part of `b` in the null space of `A`. The tangent system
+    `A D x* = -B` has a solution exactly if `B^T` vanishes there.
+    """
+    pattern = jtu.tree_map(signs_like, x)
+    batch = jtu.tree_map(lambda *a: jnp.stack(a), *sides, pattern)
+
+    def solve(b: PyTree) -> tuple[LinearSolution, Scalar, Scalar]:
+        found = solve_linear(solver, at.adjoint, b, is_symmetric=condition.is_symmetric)
+        product = at.adjoint(found.value)
+        null = tree_sub(b, product)
+        return verify(found, b, product), tree_norm(null), tree_norm(at.both(null)[1])
+
+    systems, size_null, seen = jax.vmap(solve)(batch)
+    norm_B = tree_norm(at.both(pattern)[1]) / tree_norm(pattern)
+    size_b = jax.vmap(tree_norm)(batch)
+    is_null = size_null > _IS_NULL * size_b
+    is_blind = seen <= _blindness(solver, x) * norm_B * size_null
+    return systems, jnp.all(is_blind | ~is_null)
+
+
+def _blindness(solver: lx.AbstractLinearSolver, x: PyTree) -> float:
+    """What `B^T` may see of a null vector: rounding, or the tolerance of the solve."""
+    if isinstance(solver, Direct):
+        return 10 * float(jnp.finfo(tree_dtype(x)).eps) ** 0.5
+    return 100 * default_rtol(x)
+
+
+def _minimum_norm_solver(is_symmetric: bool, size: int | None) -> lx.AbstractLinearSolver:
+    if size is not None and size <= DENSE_EVIDENCE:
+        return Direct(minimum_norm=True)
+    return MINRES(minimum_norm=True) if is_symmetric else lx.LSMR(rtol=1e-8, atol=1e-8)

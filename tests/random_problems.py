@@ -1,0 +1,108 @@
+"""Random inner problems with answers in extended precision, for the property-based tests."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+import bilevax as bx
+
+# One compilation for each size; within it everything is data.
+SIZES = (1, 2, 3, 7, 20, 33, 80, 200)
+NUM_OUTER = 3
+
+
+class Data(NamedTuple):
+    """`U = x'Ax/2 + s sum_i log cosh(c_i'x - theta_0) + x'B theta`, and the outer target."""
+
+    A: np.ndarray
+    B: np.ndarray
+    c: np.ndarray
+    s: np.ndarray
+    target: np.ndarray
+    modulus: np.ndarray
+
+
+def inner(x, theta, data):
+    t = data.c @ x - theta[0]
+    # log cosh without overflow
+    loss = jnp.abs(t) + jnp.log1p(jnp.exp(-2 * jnp.abs(t)))
+    return 0.5 * x @ (data.A @ x) + data.s * jnp.sum(loss) + x @ (data.B @ theta)
+
+
+def outer(x, theta, data):
+    target = data.target
+    return 0.5 * jnp.sum((x - target) ** 2) + 0.1 * jnp.sum(jnp.sin(x)) + 0.05 * jnp.sum(theta**2)
+
+
+
+
+def draw(seed: int, size: int, log_condition: float, nonlinearity: float) -> tuple[Data, np.ndarray]:
+    """A strongly convex problem, and a theta."""
+    random = np.random.default_rng([seed, size])
+    q, _ = np.linalg.qr(random.normal(size=(size, size)))
+    exponents = random.uniform(-log_condition, 0, size)
+    exponents[0], exponents[-1] = 0, -log_condition
+    eigenvalues = 10.0**exponents
+    A = (q * eigenvalues) @ q.T
+    A = (A + A.T) / 2
+    data = Data(
+        A=A,
+        B=random.normal(size=(size, NUM_OUTER)) * random.choice([0.01, 1.0]),
+        c=random.normal(size=(4, size)) / np.sqrt(size),
+        s=np.asarray(nonlinearity),
+        target=random.normal(size=size),
+        modulus=np.asarray(0.99 * eigenvalues.min()),
+    )
+    return data, random.normal(size=NUM_OUTER)
+
+
+def problem(data: Data) -> bx.Bilevel:
+    """As bilevax sees it; the modulus is data too."""
+    arrays = Data(*(jnp.asarray(a) for a in data))
+    condition = bx.Minimum(inner, arrays, strong_convexity=arrays.modulus)
+    return bx.Bilevel(condition, outer, outer_data=arrays)
+
+
+def solve_extended(A: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """`A^{-1} b` in extended precision, by refinement of a solution in double precision."""
+    b = np.asarray(b, np.longdouble)
+    factor = np.linalg.inv(A.astype(np.float64)).astype(np.longdouble)
+    v = factor @ b
+    for _ in range(8):  # each gains the digits that double precision has left: 16 - 8 here
+        v = v + factor @ (b - A @ v)
+    return v
+
+
+def exact(data: Data, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`x*` and the hypergradient, in extended precision."""
+    A, B, c, s, target, _ = (np.asarray(a, np.longdouble) for a in data)
+    theta = np.asarray(theta, np.longdouble)
+    x = np.zeros(len(A), np.longdouble)
+
+    def objective(x):
+        t = np.abs(c @ x - theta[0])
+        return x @ (A @ x) / 2 + s * np.sum(t + np.log1p(np.exp(-2 * t))) + x @ (B @ theta)
+
+    for _ in range(200):
+        u = np.tanh(c @ x - theta[0])
+        gradient = A @ x + s * (c.T @ u) + B @ theta
+        hessian = A + s * (c.T * (1 - u**2)) @ c
+        # In double precision, because Newton's method corrects itself.
+        step = np.linalg.solve(*(np.asarray(a, float) for a in (hessian, gradient)))
+        step = step.astype(np.longdouble)
+        length, f, slope = np.longdouble(1), objective(x), gradient @ step
+        while objective(x - length * step) > f - length * slope / 10 and length > 1e-6:
+            length = length / 2
+        if length <= 1e-6:
+            length = np.longdouble(1)  # lost in rounding: at the minimum
+        x = x - length * step
+        if np.linalg.norm(step) <= 1e-18 * np.linalg.norm(x):
+            break
+    u = np.tanh(c @ x - theta[0])
+    hessian = A + s * (c.T * (1 - u**2)) @ c
+    v = solve_extended(hessian, x - target + np.cos(x) / 10)
+    cross = B.copy()
+    cross[:, 0] -= s * (c.T @ (1 - u**2))
+    grad = theta / 10 - cross.T @ v
+    return x, grad.astype(np.float64)
