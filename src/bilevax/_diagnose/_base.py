@@ -33,6 +33,8 @@ class Check:
 
     **Attributes:**
 
+    - `kind`, `rule`, `dtype`, `size_x`, `size_theta`: what was checked; `is_implicit`: whether
+        the rule differentiates the solution itself, and not the steps of a solver.
     - `ok`: the hypergradient can be trusted here; otherwise `reason` is the most likely cause.
     - `inner_residual`, `inner_scale`, `inner_tolerance`: `||grad_x U||`, what it is compared
         with, and what it has to reach, `rtol` times the scale; `distance`: the length of the
@@ -63,6 +65,7 @@ class Check:
 
     kind: str
     rule: str
+    is_implicit: bool
     dtype: str
     size_x: int
     size_theta: int

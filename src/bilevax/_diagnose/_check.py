@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from .._hypergradient._base import AbstractHypergradient, Estimate
 from .._hypergradient._entry import check_types, hypergradient
 from .._hypergradient._implicit import Implicit
+from .._hypergradient._minimum_norm import MinimumNorm
 from .._inner._external import Given
 from .._inner._newton_cg import NewtonCG
 from .._linear import GMRES
@@ -143,7 +144,8 @@ def _measure(
     polished = solve_again(problem, solver, x, theta)
     here = at_point(problem, x, polished.x, theta)
     ends = spectrum(problem, x, theta, max_lanczos_steps)
-    if isinstance(rule, Implicit):
+    is_implicit = isinstance(rule, (Implicit, MinimumNorm))
+    if is_implicit:
         start = polished.x
         estimate = _estimate(problem, start, theta, Given(), rule)
         at_x = _estimate(problem, x, theta, Given(), rule)
@@ -163,6 +165,7 @@ def _measure(
     norm = float(tree_norm(estimate.grad))
     return Check(
         rule=type(rule).__name__,
+        is_implicit=is_implicit,
         **_of_point(problem, x, theta, here),
         **_of_spectrum(ends, float(jnp.finfo(tree_dtype(x)).eps)),
         distance=newton_step(problem, x, theta, here.residual, ends.matrix),

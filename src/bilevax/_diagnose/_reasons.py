@@ -15,10 +15,6 @@ def most_likely_reason(check: Check) -> str:
     return ""
 
 
-def _is_implicit(c: Check) -> bool:
-    return c.rule == "Implicit"
-
-
 def _is_suspect(c: Check) -> bool:
     return not c.agrees or c.outcome != "successful"
 
@@ -42,7 +38,7 @@ def _is_too_coarse(c: Check) -> bool:
 
 def _no_influence(c: Check) -> bool:
     """Whether theta reaches neither the inner residual nor, directly, the outer objective."""
-    return _is_implicit(c) and c.cross_norm == 0 and c.direct_norm == 0
+    return c.is_implicit and c.cross_norm == 0 and c.direct_norm == 0
 
 
 def _is_far(c: Check) -> bool:
@@ -123,7 +119,7 @@ def _singular(c: Check) -> str:
     return (
         f"A is singular to rounding ({c.num_singular} of the computed eigenvalues): the inner "
         "problem has many solutions, and the adjoint system none. Regularise the inner "
-        f"objective, or use bx.Implicit(lx.LSMR(...)) for the minimum-norm response.{note}"
+        f"objective, or use bx.MinimumNorm() for the response of smallest norm.{note}"
     )
 
 
@@ -167,11 +163,11 @@ _CAUSES: tuple[tuple[Callable[[Check], bool], Callable[[Check], str]], ...] = (
     (lambda c: c.kink != "", _kink),
     (lambda c: c.wrong_derivative != "", _wrong_derivative),
     (_no_influence, _unreached),
-    (lambda c: c.curvature != "indefinite" and _is_implicit(c) and _is_too_coarse(c), _coarse),
-    (lambda c: _is_implicit(c) and _is_unconverged(c), _not_converged),
-    (lambda c: c.curvature == "indefinite" and (_is_implicit(c) or _is_suspect(c)), _indefinite),
-    (lambda c: c.jumps or (_is_implicit(c) and _is_far(c)), _jumped),
-    (lambda c: _is_implicit(c) and not c.resolved_residual <= c.rtol, _unresolved),
+    (lambda c: c.curvature != "indefinite" and c.is_implicit and _is_too_coarse(c), _coarse),
+    (lambda c: c.is_implicit and _is_unconverged(c), _not_converged),
+    (lambda c: c.curvature == "indefinite" and (c.is_implicit or _is_suspect(c)), _indefinite),
+    (lambda c: c.jumps or (c.is_implicit and _is_far(c)), _jumped),
+    (lambda c: c.is_implicit and not c.resolved_residual <= c.rtol, _unresolved),
     (lambda c: c.curvature == "singular" and _is_suspect(c), _singular),
     (lambda c: c.attainable > 1e-3 and _is_suspect(c), _coarse),
     (lambda c: c.outcome != "successful", _flagged),
