@@ -75,12 +75,12 @@ def largest_eigenvalue(matvec: Callable[[PyTree], PyTree], b: PyTree[Array]) -> 
         u = matvec(u)
         return u, tree_norm(u)
 
-    u = jtu.tree_map(lambda x: x + _signs(x), b)
+    u = jtu.tree_map(lambda x: x + signs_like(x), b)
     _, norm = jax.lax.fori_loop(0, _POWER_STEPS, step, (u, tree_norm(u)))
     return norm
 
 
-def _signs(x: Array) -> Array:
+def signs_like(x: Array) -> Array:
     """A fixed pattern of signs without visible order: bits of a multiplicative hash."""
     i = jnp.arange(x.size, dtype=jnp.uint32)
     i = i * jnp.uint32(2654435761)
