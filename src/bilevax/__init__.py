@@ -29,6 +29,7 @@ from ._hypergradient._truncated import Truncated as Truncated
 from ._hypergradient._one_step import OneStep as OneStep
 from ._hypergradient._base import Estimate as Estimate
 from ._hypergradient._entry import argmin as argmin, hypergradient as hypergradient
+from ._hypergradient._several import hypergradients as hypergradients
 from ._hypergradient._jacobian import Jacobian as Jacobian, jacobian as jacobian
 from ._outer._double_loop import DoubleLoop as DoubleLoop
 from ._diagnose._base import Check as Check, Comparison as Comparison

@@ -2,17 +2,20 @@
 
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from .._inner._base import AbstractInnerSolver, Counts, InnerSolution
+from .._inner._newton_cg import NewtonCG
+from .._inner._optimistix import Optimistix
 from .._precondition._base import AbstractPreconditioner
 from .._problem import Bilevel
 from .._results import RESULTS
-from .._tree import tree_dtype, tree_norm
-from ._adjoint import evidence_solver
+from .._tree import tree_dtype, tree_norm, tree_size
+from ._adjoint import DENSE_EVIDENCE, evidence_solver
 from ._base import Estimate, HypergradientState, as_stats, no_evidence
 from ._evidence import dual_value, with_bound
 from ._refine import Refined, refine, start
@@ -68,6 +71,7 @@ def estimate_to_accuracy(
     state: HypergradientState,
 ) -> tuple[Estimate, HypergradientState]:
     """The estimate of `Implicit(rtol=..., atol=...)`."""
+    inner_solver = _dense_if_small(inner_solver, x)
     memory = (state.inner, state.tolerances, state.preconditioner)
     found = _hypergradient_to_accuracy(
         problem,
@@ -137,6 +141,15 @@ def _hypergradient_to_accuracy(
 
     blank = _blank(problem, inner_solver, x, theta, v, state)
     return jax.lax.while_loop(is_running, attempt, blank).out
+
+
+def _dense_if_small(solver: AbstractInnerSolver, x: PyTree) -> AbstractInnerSolver:
+    """Newton's method with a factorised Hessian, which no condition number slows down."""
+    if tree_size(x) > DENSE_EVIDENCE or not isinstance(solver, Optimistix):
+        return solver
+    if not isinstance(solver.solver, NewtonCG) or solver.solver.dense is not None:
+        return solver
+    return eqx.tree_at(lambda s: s.solver.dense, solver, True, is_leaf=lambda leaf: leaf is None)
 
 
 def _blank(

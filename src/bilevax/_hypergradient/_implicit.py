@@ -138,11 +138,15 @@ class Implicit(AbstractHypergradient):
         return False
 
     @property
+    def is_plain(self) -> bool:
+        """Whether nothing is asked for but the hypergradient."""
+        refines = self.error_estimate or self.polish or self.rtol is not None
+        return not (refines or self._is_damped)
+
+    @property
     def is_default(self) -> bool:
         """Whether the library may choose how to treat a singular system."""
-        plain = self.linear_solver is None and self.preconditioner is None
-        refines = self.error_estimate or self.polish or self.rtol is not None
-        return plain and not self._is_damped and not refines
+        return self.is_plain and self.linear_solver is None and self.preconditioner is None
 
     def init(
         self, problem: Bilevel, inner_solver: AbstractInnerSolver, x0: PyTree, theta: PyTree

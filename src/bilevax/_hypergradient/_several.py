@@ -1,0 +1,131 @@
+"""Hypergradients of several outer objectives of one inner problem."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from .._inner._base import Counts
+from .._inner._default import as_inner_solver
+from .._problem import Bilevel, as_arrays, bind, restore, start_at
+from .._results import RESULTS, first_failure
+from .._tree import lean_jit, tree_all_finite, tree_sub
+from ._adjoint import first_of_batch
+from ._base import Estimate, as_stats, no_evidence
+from ._entry import check_types, raise_failure
+from ._evidence import dual_value
+from ._implicit import Implicit
+from ._linearise import linearise
+
+
+def hypergradients(
+    problem: Bilevel,
+    x0: PyTree,
+    theta: PyTree,
+    *,
+    inner_solver: Any = None,
+    rule: Implicit | None = None,
+    throw: bool = True,
+) -> Estimate:
+    """The hypergradients of several outer objectives, from one inner solve.
+
+    `problem.outer` returns a vector of `m` values, or `(vector, aux)`. The `m` adjoint
+    systems have one matrix: they are solved as a batch, so that products with it become
+    matrix products.
+
+    **Arguments:**
+
+    - `problem`: a `Bilevel` whose `outer` returns a vector.
+    - `x0`, `theta`, `inner_solver`, `throw`: as in `bx.hypergradient`.
+    - `rule`: a `bx.Implicit` with the linear solver to use; with many objectives and few
+        inner variables `bx.Implicit(bx.Direct())` factorises once for all. Its evidence
+        options are not available here.
+
+    **Returns:** an `Estimate` in which `value`, `grad`, `v`, `adjoint_residual` and
+    `dual_value` have a first axis of length `m`. `result` is the first failure of any.
+
+    **Cost:** an inner solve, and as many steps of a batch of `m` Hessian products as the
+    hardest system takes. `stats` counts single products.
+
+    !!! example
+
+        ```python
+        import bilevax as bx, jax.numpy as jnp
+
+        problem = bx.Bilevel(
+            inner=lambda x, theta: jnp.sum((x - theta) ** 2 + x**2),
+            outer=lambda x, theta: jnp.stack([jnp.sum(x**2), jnp.max(x)]),
+        )
+        bx.hypergradients(problem, jnp.zeros(3), jnp.ones(3)).grad  # of shape (2, 3)
+        ```
+
+    Reference: Pedregosa, "Hyperparameter optimization with approximate gradient", 2016,
+    eq. (2), for each objective.
+    """
+    rule = Implicit() if rule is None else rule
+    check_types(problem, rule)
+    if not (isinstance(rule, Implicit) and rule.is_plain):
+        raise TypeError(
+            "`rule` must be a bx.Implicit without error_estimate, polish, rtol and damping; got "
+            f"{rule!r}."
+        )
+    x0 = x0 if callable(x0) else as_arrays(x0)
+    estimate = _hypergradients(problem, inner_solver, rule, x0, as_arrays(theta))
+    return raise_failure(estimate) if throw else estimate
+
+
+@lean_jit
+def _hypergradients(
+    problem: Bilevel, inner_solver: Any, rule: Implicit, x0: PyTree, theta: PyTree
+) -> Estimate:
+    bound, start, theta = bind(problem, x0, theta)
+    condition, x0 = bound.inner, start_at(start, theta)
+    _check_vector(bound, x0, theta)
+    solver = as_inner_solver(inner_solver, condition, x0)
+    inner, inner_state = solver.solve(condition, x0, theta, solver.init(condition, x0, theta))
+    x = inner.x
+    values, pullback, aux = jax.vjp(bound.outer_value, x, theta, has_aux=True)
+    basis = jnp.eye(values.shape[0], dtype=values.dtype)
+    grads_x, grads_theta = jax.vmap(pullback)(basis)
+    at = linearise(condition, x, theta)
+    systems = jax.vmap(
+        lambda b: rule.solve_adjoint(at.adjoint, b, condition, x, theta, inner_state)
+    )(grads_x)
+    grad = tree_sub(grads_theta, jax.vmap(lambda v: at.both(v)[1])(systems.value))
+    is_finite = tree_all_finite((values, grad))
+    num = values.shape[0]
+    counts = Counts(gradients=1, hessian=jnp.sum(systems.num_products), cross=num)
+    evidence = no_evidence(values, inner.residual) | {
+        "adjoint_residual": systems.residual,
+        "adjoint_tolerance": jnp.min(systems.tolerance),
+        "dual_value": jax.vmap(dual_value, (0, 0, None))(values, systems.value, at.residual),
+    }
+    return Estimate(
+        value=values,
+        grad=grad,
+        aux=aux,
+        x=restore(condition, x, theta)[0],
+        v=systems.value,
+        inner_residual=inner.residual,
+        inner_tolerance=inner.tolerance,
+        result=first_failure(
+            rule.inner_result(inner.result),
+            first_of_batch(systems),
+            RESULTS.where(is_finite, RESULTS.successful, RESULTS.nonfinite),
+        ),
+        stats=as_stats(inner.counts + counts, inner.num_steps, jnp.sum(systems.num_steps)),
+        **evidence,
+    )
+
+
+def _check_vector(problem: Bilevel, x: PyTree, theta: PyTree) -> None:
+    out, _ = eqx.filter_eval_shape(problem.outer_value, x, theta)
+    shape = getattr(out, "shape", None)
+    if shape is None or len(shape) != 1 or shape[0] == 0:
+        raise TypeError(
+            "`outer` must return a vector of objectives here, or (vector, aux); got "
+            f"{out if shape is None else f'an array of shape {shape}'}. For a scalar use "
+            "bx.hypergradient."
+        )
