@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Int, PyTree, Scalar
 
 from .._tree import (
     default_rtol,
