@@ -55,7 +55,7 @@ def run(
         bx.NewtonCG(rtol=rtol, dense=False),
         bx.Implicit(bx.CG(rtol=rtol)),
         optax.adam(0.1),
-        warm_start_inner=inner,
+        start="warm" if inner else "cold",
         warm_start_adjoint=adjoint,
     )
     return bx.solve(

@@ -198,7 +198,7 @@ def test_warm_starts_save_work_and_can_be_switched_off():
             bx.NewtonCG(rtol=1e-3, dense=False),
             bx.Implicit(bx.CG(rtol=1e-3)),
             optax.adam(0.05),
-            warm_start_inner=inner,
+            start="warm" if inner else "cold",
             warm_start_adjoint=adjoint,
         )
         solution = bx.solve(oracle.problem, oracle.x0, oracle.theta, method, num_steps=20)

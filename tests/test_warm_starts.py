@@ -38,7 +38,7 @@ def test_fifty_adam_steps_take_fewer_products(rtol, gain):
             bx.NewtonCG(rtol=rtol),
             bx.Implicit(bx.CG(rtol=rtol)),
             optax.adam(0.1),
-            warm_start_inner=is_warm,
+            start="warm" if is_warm else "cold",
             warm_start_adjoint=is_warm,
         )
         return bx.solve(problem, jnp.zeros(100), jnp.zeros(100), method, num_steps=50)

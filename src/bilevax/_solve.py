@@ -1,5 +1,6 @@
 """`solve`: the only outer loop. Compiled in chunks; between chunks it talks to the person."""
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from ._inner._optimistix import check_positive
 from ._outer._base import AbstractMethod
 from ._outer._chunk import MAX_CHUNK, REASONS, columns, init_method, run_chunk
 from ._outer._double_loop import DoubleLoop
-from ._outer._update import next_point
 from ._problem import Bilevel, as_arrays, bind, restore, start_at
 from ._report._history import COUNTS, History
 from ._report._interrupt import Interrupt
@@ -116,13 +116,9 @@ class _Run:
         self.external = None
         if isinstance(method, DoubleLoop) and isinstance(method.inner_solver, External):
             self.external = method.inner_solver
-            self.keeps_x = method.warm_start_inner is not False
-            method = eqx.tree_at(
-                lambda m: (m.inner_solver, m.warm_start_inner),
-                method,
-                (self.external.as_given(), True),
-                is_leaf=lambda leaf: leaf is None or isinstance(leaf, External),
-            )
+            self.keeps_x = method.start != "cold"
+            given = self.external.as_given()
+            method = dataclasses.replace(method, inner_solver=given, start="warm")
         self.method = method
         self.state = init_method(self.problem, self.method, self.x0, theta)
         self.rows: list[dict[str, np.ndarray]] = []
@@ -207,7 +203,7 @@ class _Run:
         assert self.external is not None
         theta = self.state.theta
         if moves:
-            theta = next_point(self.method.optimizer, theta, self.state.optimizer)  # type: ignore[attr-defined]
+            theta = self.method.optimizer.next_point(theta, self.state.optimizer)  # type: ignore[attr-defined]
         start = self.state.x if self.keeps_x else start_at(self.x0, theta)
         x = as_arrays(self.external.on_host(self.problem.inner, start, theta))
         self.state = eqx.tree_at(lambda s: s.hypergradient.x, self.state, x)

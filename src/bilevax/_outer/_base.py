@@ -17,6 +17,8 @@ class StepInfo(eqx.Module):
     hypergradient_norm: Scalar
     inner_residual: Scalar
     adjoint_residual: Scalar
+    error_estimate: Scalar
+    value_suboptimality: Scalar  # the decrease that a model of the value promises; or NaN
     result: RESULTS
     stats: dict[str, Array]
     should_stop: Bool[Array, ""]  # the method itself says that it has finished
@@ -28,8 +30,9 @@ class AbstractMethod(eqx.Module):
 
     Law: `step(..., move=True)` makes one outer step from `state.theta`, and its info
     belongs to the theta before the step; with `move=False` it evaluates only. The state
-    has `theta`, `x` (the inner solution of the last evaluation) and `aux`, and is a pytree
-    whose arrays keep shapes and dtypes.
+    has `theta`, `x` and `aux` (the inner solution and what came with it, of the last
+    evaluation), and `point`, the theta of that; it is a pytree whose arrays keep shapes
+    and dtypes.
     """
 
     @abc.abstractmethod

@@ -80,7 +80,14 @@ def _reason(info: StepInfo, tolerance: Array) -> Array:
     return jnp.where(info.gave_up, 3, reason).astype(jnp.int32)
 
 
-_FLOATS = ("value", "hypergradient_norm", "inner_residual", "adjoint_residual")
+_FLOATS = (
+    "value",
+    "hypergradient_norm",
+    "inner_residual",
+    "adjoint_residual",
+    "error_estimate",
+    "value_suboptimality",
+)
 
 
 def _pack(info: StepInfo) -> tuple[Array, Array]:

@@ -1,5 +1,6 @@
 """The double loop: an inner solve and a hypergradient for every outer step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -8,16 +9,23 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 import optimistix as optx
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from .._hypergradient._base import AbstractHypergradient, Estimate, HypergradientState
 from .._hypergradient._implicit import Implicit
+from .._inner._base import AbstractInnerSolver
 from .._inner._default import as_inner_solver
+from .._inner._external import External, Given
 from .._problem import Bilevel, start_at
 from .._results import RESULTS
-from .._tree import optimizer_as_pytree, tree_all_finite, tree_norm, tree_where, tree_zeros_like
+from .._tree import tree_norm, tree_where, tree_zeros_like
 from ._base import AbstractMethod, StepInfo
-from ._update import can_reject, initial_update, next_point, rejected, update
+from ._fall_back import MAX_FAILURES, fall_back, is_usable, same_place
+from ._predict import Anchor, Prediction, count_prediction, has_jumped, predict
+from ._tolerances import AbstractToleranceSchedule, at_tolerances
+from ._update import AbstractOuterOptimizer, as_outer_optimizer, rejected
+
+_STARTS = ("warm", "cold", "predicted")
 
 
 class DoubleLoop(AbstractMethod):
@@ -27,22 +35,39 @@ class DoubleLoop(AbstractMethod):
 
     - `inner_solver`: as in `bx.hypergradient`.
     - `hypergradient`: the rule; `bx.Implicit()` by default.
-    - `optimizer`: any Optax transformation, or an Optimistix minimiser that works with
-        gradients (`optx.BFGS`, `optx.LBFGS`, `optx.GradientDescent`,
-        `optx.NonlinearCG`, ...). Default: `optax.adam(0.1)`, whose first steps change
-        every entry of theta by about 0.1: sound where theta holds logarithms of
-        strengths, the usual case.
-    - `warm_start_inner`: start each inner solve at the previous `x`. On by default,
-        except where the rule differentiates through an `x0` that is a function of theta,
-        which a warm start would cut off.
+    - `optimizer`: any Optax transformation; `bx.OuterLBFGS()` or `bx.OuterNewton()`; or an
+        Optimistix minimiser that works with gradients (`optx.BFGS`, `optx.LBFGS`,
+        `optx.GradientDescent`, `optx.NonlinearCG`, ...). Default: `optax.adam(0.1)`, whose
+        first steps change every entry of theta by about 0.1: sound where theta holds
+        logarithms of strengths, the usual case.
+    - `start`: where each inner solve starts, and so which solution is meant where there
+        are many; see below. `"warm"`, `"cold"` or `"predicted"`.
     - `warm_start_adjoint`: start each adjoint solve at the previous `v`. On by default.
+    - `tolerances`: `bx.ExponentialTolerance(...)` or `bx.PolynomialTolerance(...)`, which
+        set the relative tolerances of the inner solve and of the adjoint system at each
+        outer step; by default they are those of the inner solver and of the rule.
+
+    **Starts.** Where the inner solution is unique, a start changes only the cost:
+
+    - `"warm"`: from the previous x. The default, except where the rule differentiates
+        through an `x0` that is a function of theta, which a warm start would cut off.
+        Where there are many solutions, the one that is found depends on the path that
+        theta has taken: the run is a game between two players, not a minimisation.
+    - `"cold"`: from `x0`, each time. Where there are many solutions, `x*(theta)` is the
+        one that the inner solver reaches from `x0` (for least squares, the nearest to
+        `x0`): a function of theta alone.
+    - `"predicted"`: from `x + D x* (theta_new - theta_old)`. Costs one linear solve to two
+        digits an outer step, and follows a branch of solutions: where the new solution is
+        far from its prediction, the step is flagged as `jumped`.
 
     A flagged hypergradient is recorded and, unless it is only the precision floor that
     was met, theta does not move on it. The fallback: twice, the inner and adjoint solves
     go on from where they stopped (more steps at the same theta); then, and at once if
-    something is not finite, theta goes back half of its last step (an Optimistix
-    minimiser rejects its trial and searches on); after ten failures in a row the method
-    gives up.
+    something is not finite or the solution has jumped, theta goes back half of its last
+    step (an optimiser with a line search rejects its trial and searches on); after ten
+    failures in a row the method gives up. A solution that still jumps after three half
+    steps is accepted, and remains flagged: the branch has ended, and the run goes on along
+    the new one.
 
     **Cost:** an inner solve and a hypergradient for each outer step.
 
@@ -64,18 +89,23 @@ class DoubleLoop(AbstractMethod):
 
     inner_solver: Any
     hypergradient: AbstractHypergradient
-    optimizer: Any
-    warm_start_inner: bool | None
+    optimizer: AbstractOuterOptimizer
+    start: str | None = eqx.field(static=True)
     warm_start_adjoint: bool
+    tolerances: AbstractToleranceSchedule | None
 
     def __init__(
         self,
         inner_solver: Any = None,
         hypergradient: AbstractHypergradient | None = None,
-        optimizer: optax.GradientTransformation | optx.AbstractMinimiser | None = None,
+        optimizer: optax.GradientTransformation
+        | optx.AbstractMinimiser
+        | AbstractOuterOptimizer
+        | None = None,
         *,
-        warm_start_inner: bool | None = None,
+        start: str | None = None,
         warm_start_adjoint: bool = True,
+        tolerances: AbstractToleranceSchedule | None = None,
     ) -> None:
         hypergradient = Implicit() if hypergradient is None else hypergradient
         if not isinstance(hypergradient, AbstractHypergradient):
@@ -83,89 +113,125 @@ class DoubleLoop(AbstractMethod):
                 "`hypergradient` must be bx.Implicit(), bx.Unrolled(), bx.Truncated(...) or "
                 f"bx.OneStep(); got {type(hypergradient).__name__}."
             )
-        optimizer = optax.adam(0.1) if optimizer is None else optimizer
-        if not isinstance(optimizer, optax.GradientTransformation | optx.AbstractMinimiser):
+        if start not in (None, *_STARTS):
+            raise ValueError(
+                f"`start` must be 'warm', 'cold' or 'predicted', or None; got {start!r}."
+            )
+        if start == "predicted" and isinstance(inner_solver, External):
+            raise ValueError(
+                "start='predicted' needs an inner solver that JAX can see; External has "
+                "start='warm' or start='cold'."
+            )
+        if not (tolerances is None or isinstance(tolerances, AbstractToleranceSchedule)):
             raise TypeError(
-                "`optimizer` must be an Optax transformation such as optax.adam(0.1) or an "
-                f"Optimistix minimiser such as optx.BFGS(...); got {type(optimizer).__name__}."
+                "`tolerances` must be bx.ExponentialTolerance(...) or "
+                f"bx.PolynomialTolerance(...); got {type(tolerances).__name__}."
             )
         self.inner_solver = inner_solver
         self.hypergradient = hypergradient
-        self.optimizer = (
-            optimizer_as_pytree(optimizer)
-            if isinstance(optimizer, optax.GradientTransformation)
-            else optimizer
-        )
-        self.warm_start_inner = warm_start_inner
+        self.optimizer = as_outer_optimizer(optimizer)
+        self.start = start
         self.warm_start_adjoint = warm_start_adjoint
+        self.tolerances = tolerances
 
     def init(self, problem: Bilevel, x0: PyTree, theta: PyTree) -> "DoubleLoopState":
-        solver = as_inner_solver(self.inner_solver, problem.inner, start_at(x0, theta))
-        hypergradient = self.hypergradient.init(problem, solver, x0, theta)
+        count = jnp.asarray(0, jnp.int32)
+        solver, rule = self._parts(problem, start_at(x0, theta), count)
+        hypergradient = rule.init(problem, solver, x0, theta)
         aux = eqx.filter_eval_shape(lambda: problem.outer_value(hypergradient.x, theta)[1])
         return DoubleLoopState(
             theta=theta,
             point=theta,
             aux=jtu.tree_map(lambda s: jnp.zeros(s.shape, s.dtype) if _is_array(s) else s, aux),
             hypergradient=hypergradient,
-            optimizer=initial_update(self.optimizer, theta),
+            optimizer=self.optimizer.init(theta),
             good_theta=theta,
-            num_failures=jnp.asarray(0, jnp.int32),
+            num_failures=count,
+            num_steps=count,
+            anchor=Anchor(theta, hypergradient.x) if self.start == "predicted" else None,
         )
 
     def step(
         self, problem: Bilevel, x0: PyTree, state: "DoubleLoopState", move: Bool[Array, ""]
     ) -> tuple["DoubleLoopState", StepInfo]:
         # 1. the hypergradient at the point the optimiser wants to see
-        point = next_point(self.optimizer, state.theta, state.optimizer)
+        point = self.optimizer.next_point(state.theta, state.optimizer)
         point = tree_where(move, point, state.theta)
+        solver, rule = self._parts(problem, state.x, state.num_steps)
+        start, prediction = self._start(problem, x0, state, point)
         warm = state.hypergradient
-        start = warm.x if self._warm_starts_inner(x0) else x0
         if not self.warm_start_adjoint and warm.v is not None:
             warm = eqx.tree_at(lambda s: s.v, warm, tree_zeros_like(warm.v))
-        solver = as_inner_solver(self.inner_solver, problem.inner, state.hypergradient.x)
-        estimate, hypergradient = self.hypergradient.estimate(problem, solver, start, point, warm)
+        estimate, hypergradient = rule.estimate(problem, solver, start, point, warm)
+        estimate = _followed(problem, state.anchor, prediction, point, estimate)
         # 2. a failure does not move theta along it
-        usable = (estimate.result == RESULTS.successful) | (estimate.result == RESULTS.stalled)
-        retry_theta, hypergradient, num_failures, go_back = _fall_back(
-            state, estimate, hypergradient, usable
+        usable = is_usable(estimate.result, state.num_failures, self.optimizer.can_reject)
+        retry_theta, hypergradient, num_failures, go_back = fall_back(
+            state.theta,
+            state.good_theta,
+            state.num_failures,
+            state.hypergradient,
+            estimate,
+            hypergradient,
+            usable,
         )
-        moved = usable & move
-        seen = estimate
-        if can_reject(self.optimizer):  # a line search goes back by itself
+        moved, seen = usable & move, estimate
+        if self.optimizer.can_reject:  # a line search goes back by itself
             retry_theta, seen = state.theta, rejected(estimate, usable)
             moved = (usable | go_back) & move
         # 3. the outer step
-        theta, optimizer, done = update(self.optimizer, state.theta, state.optimizer, seen)
+        value_fn = _value_fn(problem, rule, estimate.x)
+        new = self.optimizer.update(state.theta, state.optimizer, seen, value_fn)
         new_state = DoubleLoopState(
-            theta=tree_where(moved, theta, tree_where(move, retry_theta, state.theta)),
+            theta=tree_where(moved, new.theta, tree_where(move, retry_theta, state.theta)),
             point=point,
             aux=estimate.aux,
             hypergradient=hypergradient,
-            optimizer=tree_where(moved, optimizer, state.optimizer),
+            optimizer=tree_where(moved, new.state, state.optimizer),
             good_theta=tree_where(moved, state.theta, state.good_theta),
             num_failures=num_failures,
+            num_steps=state.num_steps + 1,
+            anchor=_next_anchor(state.anchor, usable, point, estimate.x),
         )
         info = StepInfo(
             value=estimate.value,
             hypergradient_norm=tree_norm(estimate.grad),
             inner_residual=estimate.inner_residual,
             adjoint_residual=estimate.adjoint_residual,
+            error_estimate=estimate.error_estimate,
+            value_suboptimality=new.suboptimality,
             result=estimate.result,
             stats=estimate.stats,
-            should_stop=done & moved & usable,
-            gave_up=num_failures >= _MAX_FAILURES,
+            should_stop=new.is_done & moved & usable,
+            gave_up=num_failures >= MAX_FAILURES,
         )
         return new_state, info
 
-    def _warm_starts_inner(self, x0: PyTree) -> bool:
-        if self.warm_start_inner is None:
-            return not (callable(x0) and self.hypergradient.differentiates_start)
-        return self.warm_start_inner
+    def _parts(
+        self, problem: Bilevel, x: PyTree, num_steps: Int[Array, ""]
+    ) -> tuple[AbstractInnerSolver, AbstractHypergradient]:
+        """Inner solver and rule, with the tolerances of this step."""
+        solver = as_inner_solver(self.inner_solver, problem.inner, x)
+        if self.tolerances is None:
+            return solver, self.hypergradient
+        tolerances = self.tolerances.tolerances(num_steps, x)
+        return at_tolerances(solver, self.hypergradient, problem.inner, x, tolerances)
 
-
-_MAX_FAILURES = 10
-_NUM_RETRIES = 2
+    def _start(
+        self, problem: Bilevel, x0: PyTree, state: "DoubleLoopState", point: PyTree
+    ) -> tuple[PyTree, Prediction | None]:
+        """Where the inner solve starts, and the prediction, if there is one."""
+        if state.anchor is not None:
+            linear_solver = getattr(self.hypergradient, "linear_solver", None)
+            prediction = predict(problem.inner, linear_solver, state.anchor, point)
+            # A retry at the same theta goes on from where the last solve stopped.
+            is_retry = same_place(point, state.point)
+            return tree_where(is_retry, state.x, prediction.x), prediction
+        start = self.start
+        if start is None:
+            is_function = callable(x0) and self.hypergradient.differentiates_start
+            start = "cold" if is_function else "warm"
+        return (x0 if start == "cold" else state.x), None
 
 
 class DoubleLoopState(eqx.Module):
@@ -178,6 +244,8 @@ class DoubleLoopState(eqx.Module):
     optimizer: PyTree
     good_theta: PyTree[Array]  # the last theta whose hypergradient was not flagged
     num_failures: Int[Array, ""]  # in a row
+    num_steps: Int[Array, ""]
+    anchor: Anchor | None  # where predictions start
 
     @property
     def x(self) -> PyTree[Array]:
@@ -185,28 +253,40 @@ class DoubleLoopState(eqx.Module):
         return self.hypergradient.x
 
 
-def _fall_back(
-    state: DoubleLoopState,
+def _followed(
+    problem: Bilevel,
+    anchor: Anchor | None,
+    prediction: Prediction | None,
+    theta: PyTree,
     estimate: Estimate,
-    hypergradient: HypergradientState,
-    usable: Bool[Array, ""],
-) -> tuple[PyTree, HypergradientState, Int[Array, ""], Bool[Array, ""]]:
-    """Theta, warm starts, the count of failures, and whether to go back half a step."""
-    num_failures = jnp.where(usable, 0, state.num_failures + 1)
-    finite = tree_all_finite((hypergradient, estimate.grad))
-    go_back = ~usable & ((num_failures > _NUM_RETRIES) | ~finite)
-    middle = jtu.tree_map(
-        lambda a, b: jnp.where(jnp.isfinite(a), 0.5 * a + 0.5 * b, b),
-        state.theta,
-        state.good_theta,
-    )
-    kept = tree_where(finite, hypergradient, state.hypergradient)
-    if kept.v is not None:
-        # Only an unfinished adjoint solve leaves a v worth starting from.
-        keep_v = usable | (finite & (estimate.result == RESULTS.adjoint_not_converged))
-        v = tree_where(keep_v, kept.v, tree_zeros_like(kept.v))
-        kept = eqx.tree_at(lambda s: s.v, kept, v)
-    return tree_where(go_back, middle, state.theta), kept, num_failures, go_back
+) -> Estimate:
+    """`estimate`, flagged where its x is on another branch than predicted."""
+    if anchor is None or prediction is None:
+        return estimate
+    jumped = has_jumped(problem.inner, anchor, prediction, theta, estimate)
+    usable = (estimate.result == RESULTS.successful) | (estimate.result == RESULTS.stalled)
+    result = RESULTS.where(jumped & usable, RESULTS.jumped, estimate.result)
+    stats = count_prediction(estimate.stats, prediction)
+    return eqx.tree_at(lambda e: (e.result, e.stats), estimate, (result, stats))
+
+
+def _next_anchor(
+    anchor: Anchor | None, usable: Bool[Array, ""], theta: PyTree, x: PyTree
+) -> Anchor | None:
+    return None if anchor is None else tree_where(usable, Anchor(theta, x), anchor)
+
+
+def _value_fn(
+    problem: Bilevel, rule: AbstractHypergradient, x: PyTree
+) -> Callable[[PyTree], Scalar]:
+    """`L(x*(theta), theta)` at the theta of `x`, with all derivatives of an implicit rule."""
+    found = Given(atol=jnp.inf)  # the estimate has judged x already
+
+    def value_fn(theta: PyTree) -> Scalar:
+        solved = rule.solution(problem.inner, found, x, theta, throw=False)
+        return problem.outer_value(solved, theta)[0]
+
+    return value_fn
 
 
 def _is_array(leaf: Any) -> bool:

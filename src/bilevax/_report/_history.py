@@ -19,7 +19,10 @@ class History:
 
     - `value`: `L(x, theta)`.
     - `hypergradient_norm`: two-norm of the hypergradient.
-    - `inner_residual`, `adjoint_residual`: as in `Estimate`.
+    - `inner_residual`, `adjoint_residual`, `error_estimate`: as in `Estimate`.
+    - `value_suboptimality`: the decrease of the value that the optimiser's model of it
+        promises (`OuterLBFGS`, `OuterNewton`): how far there is to go. On a long flat tail
+        it stays large where the hypergradient does not. NaN for other optimisers.
     - `result`: the outcome, by name.
     - `num_inner_steps`, `num_adjoint_steps`: steps of the two solves.
     - `num_gradients`, `num_hessian_products`, `num_cross_products`: calls of the oracles.
@@ -30,6 +33,8 @@ class History:
     hypergradient_norm: np.ndarray
     inner_residual: np.ndarray
     adjoint_residual: np.ndarray
+    error_estimate: np.ndarray
+    value_suboptimality: np.ndarray
     result: np.ndarray
     num_inner_steps: np.ndarray
     num_adjoint_steps: np.ndarray
