@@ -391,6 +391,13 @@ CASES = {
         "inner objective along x",
         lambda: at(lasso, total, [1.0, 0.0], 0.0),
     ),
+    "kink where x is polished": (
+        "_kink",
+        "at the inner solution",
+        lambda: at(
+            squared_distance, lambda x, t: jnp.sum(jnp.abs(x - 1.0)), [1.2, 1.2], [1.0, 1.0]
+        ),
+    ),
     "kink of theta": (
         "_kink",
         "inner residual along theta",

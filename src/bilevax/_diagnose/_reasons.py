@@ -70,11 +70,11 @@ def _wrong_derivative(c: Check) -> str:
 
 
 def _unreached(c: Check) -> str:
-    del c
+    note = "" if c.dtype == "float64" else f" in {c.dtype}; float64 sees smaller ones"
     return (
-        "Theta moves neither the inner solution (B = 0) nor, directly, the outer objective: the "
-        "hypergradient is zero. If theta acts through the algorithm only (its step size, its "
-        "start x0), use bx.Unrolled() with the inner solver that you run."
+        f"Theta moves neither the inner solution (B = 0 up to rounding{note}) nor, directly, the "
+        "outer objective: the hypergradient is zero. If theta acts through the algorithm only "
+        "(its step size, its start x0), use bx.Unrolled() with the inner solver that you run."
     )
 
 
