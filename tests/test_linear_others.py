@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_linear import definite, outcome, singular_matrix, solve_dense, vector
 
-from bilevax import CG, GradientDescent, Neumann
+from bilevax import CG, Direct, GradientDescent, Neumann
 from bilevax._linear import GMRES, default_linear_solver, solve_linear, verify
 from bilevax._linear._common import largest_eigenvalue
 
@@ -192,8 +192,9 @@ def test_gmres_on_a_pytree_under_vmap():
 
 
 def test_default_linear_solver():
-    assert default_linear_solver(True) == CG()
-    assert default_linear_solver(False) == GMRES()
+    assert default_linear_solver(True, 33) == CG()
+    assert default_linear_solver(True, 32) == Direct()
+    assert default_linear_solver(False, 5) == GMRES()
 
 
 # --- Lineax ----------------------------------------------------------------------------

@@ -18,7 +18,10 @@ from ._inner._optimistix import Optimistix as Optimistix
 from ._inner._external import External as External, Given as Given, Traceable as Traceable
 from ._linear import (
     CG as CG,
+    MINRES as MINRES,
+    Direct as Direct,
     GMRES as GMRES,
+    Chebyshev as Chebyshev,
     GradientDescent as GradientDescent,
     Neumann as Neumann,
 )
@@ -32,6 +35,12 @@ from ._hypergradient._entry import argmin as argmin, hypergradient as hypergradi
 from ._hypergradient._several import hypergradients as hypergradients
 from ._hypergradient._jacobian import Jacobian as Jacobian, jacobian as jacobian
 from ._outer._double_loop import DoubleLoop as DoubleLoop
+from ._outer._lbfgs import OuterLBFGS as OuterLBFGS
+from ._outer._newton import OuterNewton as OuterNewton
+from ._outer._tolerances import (
+    ExponentialTolerance as ExponentialTolerance,
+    PolynomialTolerance as PolynomialTolerance,
+)
 from ._diagnose._base import Check as Check, Comparison as Comparison
 from ._diagnose._check import check as check
 from ._solve import solve as solve

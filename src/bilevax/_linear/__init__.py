@@ -6,9 +6,11 @@ from ._base import (
     verify as verify,
 )
 from ._cg import CG as CG
+from ._chebyshev import Chebyshev as Chebyshev
 from ._direct import Direct as Direct
 from ._gmres import GMRES as GMRES
 from ._gradient_descent import GradientDescent as GradientDescent
+from ._minres import MINRES as MINRES
 from ._neumann import Neumann as Neumann
 from ._solve_linear import (
     default_linear_solver as default_linear_solver,

@@ -1,5 +1,6 @@
 """One entry for every linear solver, ours and Lineax'."""
 
+import dataclasses
 from collections.abc import Callable
 
 import equinox as eqx
@@ -8,10 +9,12 @@ from jaxtyping import Array, PyTree
 
 from ._base import AbstractIterativeLinearSolver, LinearSolution
 from ._cg import CG
+from ._chebyshev import Chebyshev
 from ._direct import Direct
 from ._gmres import GMRES
 from ._gradient_descent import GradientDescent
 from ._lineax import NEEDS_DEFINITE, solve_by_lineax
+from ._minres import MINRES
 from ._neumann import Neumann
 
 # Up to this size the whole spectrum costs no more than conjugate gradients, and tells more.
@@ -76,13 +79,16 @@ def default_linear_solver(is_symmetric: bool, size: int) -> lx.AbstractLinearSol
 
 
 def _for_nonsymmetric(solver: lx.AbstractLinearSolver) -> lx.AbstractLinearSolver:
-    needs_symmetric = isinstance(solver, (CG, *NEEDS_DEFINITE))
+    if isinstance(solver, Direct):
+        return dataclasses.replace(solver, is_symmetric=False)
+    needs_symmetric = isinstance(solver, (CG, MINRES, Chebyshev, *NEEDS_DEFINITE))
     if needs_symmetric:
-        prefix = "" if isinstance(solver, CG) else "lx."
+        prefix = "lx." if isinstance(solver, NEEDS_DEFINITE) else ""
+        kind = "symmetric" if isinstance(solver, MINRES) else "symmetric positive definite"
         raise ValueError(
-            f"{prefix}{type(solver).__name__} needs a symmetric positive definite system, but "
-            "the derivative of a Root or FixedPoint condition is not symmetric. Use GMRES(), "
-            "lx.BiCGStab(...) or, with few variables, lx.LU()."
+            f"{prefix}{type(solver).__name__} needs a {kind} system, but the derivative of a "
+            "Root or FixedPoint condition is not symmetric. Use GMRES(), lx.BiCGStab(...) or, "
+            "with few variables, Direct()."
         )
     if isinstance(solver, (GradientDescent, Neumann)) and solver.step_size is None:
         # The largest eigenvalue says nothing about convergence here; for A = I - T' one does.
