@@ -35,8 +35,8 @@ class Descent(AbstractSteppingSolver):
     - `num_steps`: the number of updates.
     - `rtol`, `atol`: stop as soon as `||grad_x U|| <= atol + rtol * scale`, `scale` being
         that of `measure` at the starting point. By default there is no stopping test.
-    - `carry_state`: keep the optimiser's own state (moments, step counts) from one outer
-        step to the next. Off by default: moments that belong to another theta often hurt.
+    - `carry_state`: start with the optimiser's own state (moments, step counts) of the
+        previous outer step. Off by default: moments that belong to another theta often hurt.
 
     An implicit rule needs a solution: it flags an `x` whose gradient exceeds
     `atol + rtol * ||A z||` (`measure`), with the documented default of `rtol` where none
@@ -96,7 +96,7 @@ class Descent(AbstractSteppingSolver):
 
     def init(self, condition: AbstractCondition, x0: PyTree, theta: PyTree) -> PyTree:
         del condition
-        return self._initial(x0, theta) if self.carry_state else None
+        return self._initial(x0, theta)
 
     def start(
         self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: PyTree
@@ -145,7 +145,7 @@ class Descent(AbstractSteppingSolver):
 
     def finish(self, condition: AbstractCondition, carry: PyTree[Array]) -> tuple[PyTree, PyTree]:
         del condition
-        return carry[0], carry[1] if self.carry_state else None
+        return carry[0], carry[1]
 
     def solve(
         self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: PyTree

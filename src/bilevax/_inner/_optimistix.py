@@ -13,6 +13,8 @@ from .._problem import AbstractCondition, FixedPoint, LeastSquares, objective
 from .._results import RESULTS
 from .._tree import Opaque, tree_all_finite, tree_dot
 from ._base import AbstractSteppingSolver, Counts, InnerSolution, measure, run
+from ._lbfgs import LBFGS
+from ._lbfgs_history import empty_history
 from ._measured import AbstractMeasuredMinimiser
 
 
@@ -91,12 +93,16 @@ class Optimistix(AbstractSteppingSolver):
             lambda s: (s.solver.rtol, s.rtol), self, (0.1 * rtol, rtol), is_leaf=_is_none
         )
 
-    def init(self, condition: AbstractCondition, x0: PyTree, theta: PyTree) -> None:
-        del condition, x0, theta
+    def init(self, condition: AbstractCondition, x0: PyTree, theta: PyTree) -> PyTree:
+        del condition, theta
+        if not isinstance(self.solver, LBFGS):
+            return None
+        return empty_history(x0, self.solver.history_length)
 
     def start(
-        self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: None
+        self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: PyTree
     ) -> PyTree[Array]:
+        del state  # pairs of another theta: for the adjoint system, not for this solve
         fn, args = _function_for(self.solver, condition), (condition, theta)
         f_struct, aux_struct = eqx.filter_eval_shape(fn, x0, args)
         solver_state = self.solver.init(fn, x0, args, {}, f_struct, aux_struct, _TAGS)
@@ -122,13 +128,13 @@ class Optimistix(AbstractSteppingSolver):
         _, _, done, result, _ = carry
         return done | (result != optx.RESULTS.successful)
 
-    def finish(self, condition: AbstractCondition, carry: PyTree[Array]) -> tuple[PyTree, None]:
+    def finish(self, condition: AbstractCondition, carry: PyTree[Array]) -> tuple[PyTree, PyTree]:
         x, _ = self._postprocess(condition, None, carry)
-        return x, None
+        return x, self._memory(carry)
 
     def solve(
-        self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: None
-    ) -> tuple[InnerSolution, None]:
+        self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: PyTree
+    ) -> tuple[InnerSolution, PyTree]:
         carry, count = run(self, condition, theta, self.start(condition, x0, theta, state))
         result = carry[3]
         x, stats = self._postprocess(condition, theta, carry)
@@ -145,7 +151,11 @@ class Optimistix(AbstractSteppingSolver):
             result=_outcome(result, stats["residual"] <= stats["tolerance"]),
             counts=Counts(stats["num_gradients"], stats["num_hessian_products"]),
         )
-        return solution, None
+        return solution, self._memory(carry)
+
+    def _memory(self, carry: PyTree[Array]) -> PyTree:
+        """What a preconditioner of the adjoint system can use: the pairs of `LBFGS`."""
+        return carry[1].history if isinstance(self.solver, LBFGS) else None
 
     def _postprocess(
         self, condition: AbstractCondition, theta: PyTree, carry: PyTree[Array]
