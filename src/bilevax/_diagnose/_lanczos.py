@@ -11,31 +11,18 @@ from jaxtyping import Array, Float, PyTree, Scalar
 from .._tree import tree_axpy, tree_dot, tree_dtype, tree_norm, tree_scale, tree_size
 
 
-def lanczos(
-    matvec: Callable[[PyTree], PyTree], start: PyTree[Array], num_steps: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ritz values of a symmetric `matvec` in ascending order, each with a residual bound.
-
-    After `k` steps `A V = V T + beta q e_k'`, `V` orthonormal and `T` tridiagonal. With
-    `T s = mu s` the residual of `V s` is `||A V s - mu V s|| = |beta s_k|`, hence the
-    interval `mu +- |beta s_k|` contains an eigenvalue of `A`: some eigenvalue, and not
-    necessarily the nearest to the end of the spectrum. The smallest Ritz value is never
-    below the smallest eigenvalue, the largest never above the largest.
-
-    **Cost:** `num_steps` products (at most the number of variables) and as many vectors.
-
-    Reference: Parlett, "The symmetric eigenvalue problem", 1998, sections 13.2 and 13.8.
-    """
-    alpha, beta = tridiagonalise(matvec, start, num_steps)
-    return ritz_values(np.asarray(alpha), np.asarray(beta), float(jnp.finfo(alpha.dtype).eps))
-
-
 def tridiagonalise(
     matvec: Callable[[PyTree], PyTree], start: PyTree[Array], num_steps: int
 ) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
-    """The diagonal of `T` and what stands beside it; the last entry of `beta` closes it.
+    """Lanczos: the diagonal of `T`, and what stands beside it.
 
-    May be traced: the eigenvalues of `T` are left to `ritz_values` on the host.
+    After `k` steps `A V = V T + beta q e_k'`, `V` orthonormal and `T` tridiagonal; the last
+    entry of `beta` is that of the remainder. May be traced: the eigenvalues of `T` are left
+    to `ritz_values`, on the host.
+
+    **Cost:** `num_steps` products (at most the number of variables) and as many vectors.
+
+    Reference: Parlett, "The symmetric eigenvalue problem", 1998, section 13.2.
     """
     num_steps = min(num_steps, tree_size(start))
     # A pytree of vectors with a leading axis. Nothing is ravelled, so shards stay in place.
@@ -60,7 +47,16 @@ def tridiagonalise(
 def ritz_values(
     alpha: np.ndarray, beta: np.ndarray, rounding: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The eigenvalues of `T` and their residual bounds; see `lanczos`."""
+    """The eigenvalues of `T` in ascending order, each with a residual bound.
+
+    With `T s = mu s` the residual of `V s` is `||A V s - mu V s|| = |beta s_k|`, hence the
+    interval `mu +- |beta s_k|` contains an eigenvalue of `A`: some eigenvalue, and not
+    necessarily the nearest to the end of the spectrum. The smallest Ritz value is never
+    below the smallest eigenvalue, the largest never above the largest. `rounding` is the
+    precision that `alpha` and `beta` were computed in.
+
+    Reference: Parlett, 1998, section 13.8.
+    """
     alpha, beta = alpha.astype(np.float64), beta.astype(np.float64)
     norm = np.max(np.abs(alpha), initial=0.0) + 2 * np.max(beta, initial=0.0)
     # The Krylov space is exhausted where beta is rounding: what follows is noise.
