@@ -123,7 +123,7 @@ def strong_convexity(condition: AbstractCondition, theta: PyTree) -> Scalar | No
         return None if modulus is None else jnp.asarray(modulus, tree_dtype(theta))
     if isinstance(condition.fn, _Bound):
         theta = eqx.combine(theta, condition.fn.theta_static)
-    value = modulus(theta)
+    value: Any = modulus(theta)
     _check_scalar(jax.eval_shape(lambda: value), "strong_convexity")
     return value
 
@@ -192,7 +192,7 @@ class Bilevel(eqx.Module):
                     "The inner data were given twice: to the condition and as `inner_data`. "
                     "Give them once."
                 )
-            inner = dataclasses.replace(inner, data=_data_as_arrays(inner_data))  # type: ignore[type-var]
+            inner = dataclasses.replace(inner, data=_data_as_arrays(inner_data))
         if not callable(outer):
             raise TypeError(
                 "`outer` must be a function (x, theta) -> scalar; got "
