@@ -11,17 +11,16 @@ import optax
 import optimistix as optx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
-from .._hypergradient._base import AbstractHypergradient, Estimate, HypergradientState
+from .._hypergradient._base import AbstractHypergradient, HypergradientState
 from .._hypergradient._implicit import Implicit
 from .._inner._base import AbstractInnerSolver
 from .._inner._default import as_inner_solver
 from .._inner._external import External, Given
 from .._problem import Bilevel, start_at
-from .._results import RESULTS
 from .._tree import tree_norm, tree_where, tree_zeros_like
 from ._base import AbstractMethod, StepInfo
 from ._fall_back import MAX_FAILURES, fall_back, is_usable, same_place
-from ._predict import Anchor, Prediction, count_prediction, has_jumped, predict
+from ._predict import Anchor, Prediction, follow, predict
 from ._tolerances import AbstractToleranceSchedule, at_tolerances
 from ._update import AbstractOuterOptimizer, as_outer_optimizer, rejected
 
@@ -56,9 +55,10 @@ class DoubleLoop(AbstractMethod):
     - `"cold"`: from `x0`, each time. Where there are many solutions, `x*(theta)` is the
         one that the inner solver reaches from `x0` (for least squares, the nearest to
         `x0`): a function of theta alone.
-    - `"predicted"`: from `x + D x* (theta_new - theta_old)`. Costs one linear solve to two
-        digits an outer step, and follows a branch of solutions: where the new solution is
-        far from its prediction, the step is flagged as `jumped`.
+    - `"predicted"`: from `x + D x* (theta_new - theta_old)`. Follows a branch of solutions:
+        where the tangents at both ends of a step disagree with the move of x by more than
+        half, the step is flagged as `jumped`. Costs two linear solves to two digits an
+        outer step.
 
     A flagged hypergradient is recorded and, unless it is only the precision floor that
     was met, theta does not move on it. The fallback: twice, the inner and adjoint solves
@@ -163,7 +163,11 @@ class DoubleLoop(AbstractMethod):
         if not self.warm_start_adjoint and warm.v is not None:
             warm = eqx.tree_at(lambda s: s.v, warm, tree_zeros_like(warm.v))
         estimate, hypergradient = rule.estimate(problem, solver, start, point, warm)
-        estimate = _followed(problem, state.anchor, prediction, point, estimate)
+        if state.anchor is not None and prediction is not None:
+            linear_solver = self._tangent_solver
+            estimate = follow(
+                problem.inner, linear_solver, state.anchor, prediction, point, estimate
+            )
         # 2. a failure does not move theta along it
         usable = is_usable(estimate.result, state.num_failures, self.optimizer.can_reject)
         retry_theta, hypergradient, num_failures, go_back = fall_back(
@@ -217,13 +221,16 @@ class DoubleLoop(AbstractMethod):
         tolerances = self.tolerances.tolerances(num_steps, x)
         return at_tolerances(solver, self.hypergradient, problem.inner, x, tolerances)
 
+    @property
+    def _tangent_solver(self) -> Any:
+        return getattr(self.hypergradient, "linear_solver", None)
+
     def _start(
         self, problem: Bilevel, x0: PyTree, state: "DoubleLoopState", point: PyTree
     ) -> tuple[PyTree, Prediction | None]:
         """Where the inner solve starts, and the prediction, if there is one."""
         if state.anchor is not None:
-            linear_solver = getattr(self.hypergradient, "linear_solver", None)
-            prediction = predict(problem.inner, linear_solver, state.anchor, point)
+            prediction = predict(problem.inner, self._tangent_solver, state.anchor, point)
             # A retry at the same theta goes on from where the last solve stopped.
             is_retry = same_place(point, state.point)
             return tree_where(is_retry, state.x, prediction.x), prediction
@@ -251,23 +258,6 @@ class DoubleLoopState(eqx.Module):
     def x(self) -> PyTree[Array]:
         """The inner solution of the last evaluation."""
         return self.hypergradient.x
-
-
-def _followed(
-    problem: Bilevel,
-    anchor: Anchor | None,
-    prediction: Prediction | None,
-    theta: PyTree,
-    estimate: Estimate,
-) -> Estimate:
-    """`estimate`, flagged where its x is on another branch than predicted."""
-    if anchor is None or prediction is None:
-        return estimate
-    jumped = has_jumped(problem.inner, anchor, prediction, theta, estimate)
-    usable = (estimate.result == RESULTS.successful) | (estimate.result == RESULTS.stalled)
-    result = RESULTS.where(jumped & usable, RESULTS.jumped, estimate.result)
-    stats = count_prediction(estimate.stats, prediction)
-    return eqx.tree_at(lambda e: (e.result, e.stats), estimate, (result, stats))
 
 
 def _next_anchor(

@@ -41,16 +41,75 @@ def predict(
     condition: AbstractCondition, linear_solver: Any, anchor: Anchor, theta: PyTree
 ) -> Prediction:
     """`x + D x* (theta - theta_old)`: one solve `A dx = -B dtheta`, to two digits."""
-    x, step = anchor.x, tree_sub(theta, anchor.theta)
+    step = tree_sub(theta, anchor.theta)
+    moves = tree_dot(step, step) > 0
+    tangent = _tangent(condition, linear_solver, anchor.x, anchor.theta, step, None, moves)
+    move, is_known, num_products = tangent
+    ahead = jtu.tree_map(jnp.add, anchor.x, move)
+    return Prediction(ahead, move, is_known, num_products, moves.astype(jnp.int32))
+
+
+def follow(
+    condition: AbstractCondition,
+    linear_solver: Any,
+    anchor: Anchor,
+    prediction: Prediction,
+    theta: PyTree,
+    estimate: Estimate,
+) -> Estimate:
+    """`estimate`, flagged where its x is on another branch than the anchor, with the cost.
+
+    With `m` the move of x, and `p` and `q` what the tangents at its two ends say: on a
+    smooth branch `||m - p||` and `||m - q||` are `O(||dtheta||^2)`, on another one they do
+    not shrink with the step. More than half of the shorter of the two is a jump. (Both
+    ends, because at a fold `D x*` grows beyond bounds and passes the value at which `p`
+    happens to point at the other branch.) Where the residual at the prediction is as
+    small as what the inner solver was asked for, both are solutions, and nothing is said.
+    """
+    move = tree_sub(estimate.x, anchor.x)
+    residual = tree_norm(condition.residual(prediction.x, theta))
+    asked = jnp.maximum(estimate.inner_tolerance, estimate.inner_residual)
+    is_visible = prediction.is_known & (residual > _FLOOR * asked)
+    step = tree_sub(theta, anchor.theta)
+    back, is_known, num_products = _tangent(
+        condition, linear_solver, estimate.x, theta, step, prediction.move, is_visible
+    )
+    jumped = _disagree(move, prediction.move) | (is_known & _disagree(move, back))
+    usable = (estimate.result == RESULTS.successful) | (estimate.result == RESULTS.stalled)
+    flagged = RESULTS.where(jumped & is_visible & usable, RESULTS.jumped, estimate.result)
+    stats = dict(estimate.stats)
+    stats["num_gradients"] = stats["num_gradients"] + 1
+    products = prediction.num_products + num_products
+    stats["num_hessian_products"] = stats["num_hessian_products"] + products
+    cross = prediction.num_cross_products + is_visible.astype(jnp.int32)
+    stats["num_cross_products"] = stats["num_cross_products"] + cross
+    return eqx.tree_at(lambda e: (e.result, e.stats), estimate, (flagged, stats))
+
+
+def _disagree(move: PyTree, tangent: PyTree) -> Bool[Array, ""]:
+    shorter = jnp.minimum(tree_norm(move), tree_norm(tangent))
+    return tree_norm(tree_sub(move, tangent)) > _DISAGREEMENT * shorter
+
+
+def _tangent(
+    condition: AbstractCondition,
+    linear_solver: Any,
+    x: PyTree,
+    theta: PyTree,
+    step: PyTree,
+    guess: PyTree | None,
+    is_wanted: Bool[Array, ""],
+) -> tuple[PyTree, Bool[Array, ""], Int[Array, ""]]:
+    """`D x* step` at `(x, theta)`, whether it was found, and the products it took."""
     if linear_solver is None:
         linear_solver = default_linear_solver(condition.is_symmetric, tree_size(x))
     solver = with_rtol(linear_solver, _RTOL)
 
     def solve() -> tuple[PyTree, Array, Array]:
-        _, b = jax.jvp(lambda t: condition.residual(x, t), (anchor.theta,), (step,))
+        _, b = jax.jvp(lambda t: condition.residual(x, t), (theta,), (step,))
         b = jtu.tree_map(jnp.negative, b)
-        _, matvec = jax.linearize(lambda x: condition.residual(x, anchor.theta), x)
-        found = solve_linear(solver, matvec, b, is_symmetric=condition.is_symmetric)
+        _, matvec = jax.linearize(lambda x: condition.residual(x, theta), x)
+        found = solve_linear(solver, matvec, b, guess, is_symmetric=condition.is_symmetric)
         found = verify(found, b, matvec(found.value))
         is_known = found.result == RESULTS.successful
         move = jtu.tree_map(lambda a: jnp.where(is_known, a, 0), found.value)
@@ -59,40 +118,4 @@ def predict(
     def stay() -> tuple[PyTree, Array, Array]:
         return tree_zeros_like(x), jnp.array(False), jnp.zeros((), jnp.int32)
 
-    moves = tree_dot(step, step) > 0
-    move, is_known, num_products = jax.lax.cond(moves, solve, stay)
-    ahead = jtu.tree_map(jnp.add, x, move)
-    return Prediction(ahead, move, is_known, num_products, moves.astype(jnp.int32))
-
-
-def has_jumped(
-    condition: AbstractCondition,
-    anchor: Anchor,
-    prediction: Prediction,
-    theta: PyTree,
-    estimate: Estimate,
-) -> Bool[Array, ""]:
-    """Whether the new solution belongs to another branch than the anchor.
-
-    With `p` the predicted and `m` the actual move of x: on a smooth branch
-    `||m - p|| = O(||dtheta||^2)`, on another one it does not shrink with the step. More
-    than half of the shorter of the two is a jump, unless the residual at the prediction
-    is as small as what the inner solver was asked for: then both are solutions.
-    """
-    actual = tree_sub(estimate.x, anchor.x)
-    error = tree_norm(tree_sub(estimate.x, prediction.x))
-    shorter = jnp.minimum(tree_norm(actual), tree_norm(prediction.move))
-    residual = tree_norm(condition.residual(prediction.x, theta))
-    asked = jnp.maximum(estimate.inner_tolerance, estimate.inner_residual)
-    is_far = (error > _DISAGREEMENT * shorter) & (residual > _FLOOR * asked)
-    return prediction.is_known & is_far
-
-
-def count_prediction(stats: dict[str, Array], prediction: Prediction) -> dict[str, Array]:
-    """`stats` with what the prediction and its check cost."""
-    return {
-        **stats,
-        "num_gradients": stats["num_gradients"] + 1,
-        "num_hessian_products": stats["num_hessian_products"] + prediction.num_products,
-        "num_cross_products": stats["num_cross_products"] + prediction.num_cross_products,
-    }
+    return jax.lax.cond(is_wanted, solve, stay)
