@@ -28,6 +28,9 @@ _DRIFT = 0.1
 _REFRESH_EVERY = 50
 # Curvature this many rounding errors from zero is not an accident of rounding.
 _ROUNDING = 100.0
+# A solution this much larger than b needs a condition number as large: past the precision,
+# and past what CG resolves in any number of steps that it is given.
+_LARGEST_SOLUTION = 1e10
 
 
 class CG(AbstractIterativeLinearSolver):
@@ -48,8 +51,8 @@ class CG(AbstractIterativeLinearSolver):
     than that of zero is dropped. The preconditioner approximates the inverse of `A` and
     must be positive definite; the stopping rule uses the unpreconditioned residual.
     Outcomes: `negative_curvature` (`p'Ap <= 0`), `singular` (`p'Ap = 0` up to rounding
-    and `A p = 0`), `stalled` (the true residual no longer follows the recursive one),
-    `nonfinite`, `adjoint_not_converged` (`max_steps`, or a preconditioner that is not
+    and `A p = 0`, or a `v` as large as only a singular `A` makes it), `stalled` (the true
+    residual no longer follows the recursive one), `nonfinite`, `adjoint_not_converged` (`max_steps`, or a preconditioner that is not
     positive definite); then the value is the last good iterate.
 
     **Cost:** one product per step, one more per 50 steps and one for `v0`; four vectors.
@@ -108,6 +111,8 @@ class CG(AbstractIterativeLinearSolver):
             lambda s: _step(s, system),
             _start(system, v, r, num_products),
         )
+        if preconditioner is None:
+            state = _post_mortem(state, norm_b)
         return self._finish(state, scale, norm_b, tolerance)
 
     def _finish(
@@ -241,6 +246,19 @@ def _step(s: _State, system: _System) -> _State:
         is_running=~failed & ~(reached & (refresh | ~drifted)),
         result=result,
     )
+
+
+def _post_mortem(s: _State, norm_b: Scalar) -> _State:
+    """Stalled, or out of steps, with a `v` that has grown beyond all bounds: singular.
+
+    Where `b` has a part in the null space, rounding gives that part a curvature, and the
+    steps along it are as long as that is small: `||A|| ||v|| / ||b||` ends near `1 / eps`.
+    """
+    largest = min(0.1 / float(jnp.finfo(norm_b.dtype).eps), _LARGEST_SOLUTION)
+    is_large = s.max_curvature * tree_norm(s.v) > largest * norm_b
+    is_open = s.is_running | (s.result == RESULTS.stalled)
+    result = RESULTS.where(is_large & is_open, RESULTS.singular, s.result)
+    return eqx.tree_at(lambda s: s.result, s, result)
 
 
 def _bad_curvature(s: _State, pq: Scalar, qq: Scalar) -> RESULTS:
