@@ -70,11 +70,17 @@ class Jacobi(AbstractPreconditioner):
         if not jtu.tree_leaves(x):
             return lambda r: r, state, no_products()
         is_due = state.refresh.is_due
-        diagonal = jax.lax.cond(is_due, lambda: self._diagonal(matvec, x), lambda: state.diagonal)
-        refresh = jax.lax.cond(is_due, state.refresh.renewed, lambda: state.refresh)
+
+        def make() -> "_State":
+            return _State(self._diagonal(matvec, x), state.refresh.renewed())
+
+        state = jax.lax.cond(is_due, make, lambda: state)
         num_products = jnp.where(is_due, self._num_products(x), 0).astype(jnp.int32)
-        apply: Apply = lambda r: jtu.tree_map(jnp.divide, r, diagonal)  # noqa: E731
-        return apply, _State(diagonal, refresh), num_products
+
+        def apply(r: PyTree[Array]) -> PyTree[Array]:
+            return jtu.tree_map(jnp.divide, r, state.diagonal)
+
+        return apply, state, num_products
 
     def learn(self, state: "_State", num_steps: Int[Array, ""]) -> "_State":
         cost = self._num_products(state.diagonal)
