@@ -281,6 +281,16 @@ def test_a_black_box_runs_on_the_host():
     assert found.ok, found
 
 
+def test_theta_of_several_dtypes():
+    def inner(x, theta):
+        return jnp.sum((x - theta["a"]) ** 2) + theta["b"].astype(x.dtype) * jnp.sum(x**2)
+
+    theta = {"a": jnp.asarray(0.5), "b": jnp.asarray(1.0, jnp.float32), "none": None, "name": "b"}
+    problem = bx.Bilevel(inner, lambda x, theta: jnp.sum((x - 1.0) ** 2))
+    found = check(problem, jnp.full(2, 0.25), theta)
+    assert found.ok and found.size_theta == 2, found
+
+
 def test_no_inner_variables():
     problem = bx.Bilevel(lambda x, theta: jnp.sum(x**2), lambda x, theta: jnp.sum(theta**2))
     found = check(problem, jnp.zeros(0), jnp.ones(2))

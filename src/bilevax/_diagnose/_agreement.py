@@ -9,9 +9,9 @@ from jaxtyping import PyTree
 
 from .._hypergradient._base import Estimate
 from .._problem import Bilevel
-from .._tree import tree_all_finite, tree_axpy, tree_dot, tree_dtype, tree_norm, tree_sub
+from .._tree import tree_all_finite, tree_axpy, tree_dot, tree_norm, tree_sub
 from ._base import Comparison
-from ._differences import random_direction, relative, slope, unit
+from ._differences import precision, random_direction, relative, slope, unit
 from ._measurements import Solved, solve_again
 
 
@@ -85,7 +85,6 @@ def _compare(
 ) -> _Along:
     moves: dict[float, float] = {}
     residuals = [relative(base.residual, base.scale)]
-    dtype = tree_dtype(theta)
 
     def along(t: float) -> float:
         solved = solve_again(problem, solver, start, tree_axpy(t, direction, theta))
@@ -93,7 +92,7 @@ def _compare(
         residuals.append(relative(solved.residual, solved.scale))
         return float(solved.value)
 
-    eps = float(jnp.finfo(base.value.dtype).eps)
+    eps = precision(base.value, theta)
     predicted = float(tree_dot(estimate.grad, direction))
     # What a derivative along a direction of this length usually is.
     scaled = jtu.tree_map(lambda h, t: h * unit(t), estimate.grad, theta)
@@ -102,7 +101,7 @@ def _compare(
     size = max(abs(predicted), abs(found.value), usual)
     gap = abs(predicted - found.value)
     # Three digits, two below float64: what the default tolerances of a rule promise.
-    allowed = (1e-3 if dtype == jnp.float64 else 1e-2) * size + 3 * found.uncertainty
+    allowed = (1e-3 if eps < 1e-12 else 1e-2) * size + 3 * found.uncertainty
     # Where x*(theta) is continuous it moves by a quarter with a quarter of the step.
     small, large = (max(moves[s], moves[-s]) for s in (found.step, found.previous_step))
     threshold = 1e-2 * float(tree_norm(base.x)) + 1e-6

@@ -14,7 +14,7 @@ from .._inner._newton_cg import NewtonCG
 from .._linear import GMRES
 from .._linear._common import check_count
 from .._problem import AbstractCondition, Bilevel, as_arrays, objective, prepare
-from .._tree import is_traced, tree_dtype, tree_size
+from .._tree import is_traced, standard_promotion, tree_dtype, tree_size
 from ._assemble import assemble
 from ._base import Check
 from ._reasons import most_likely_reason
@@ -97,7 +97,8 @@ def check(
     problem, x, theta = prepare(problem, as_arrays(x), as_arrays(theta))
     rule = Implicit() if rule is None else rule
     solver = tight_solver(problem.inner, x) if inner_solver is None else inner_solver
-    found = assemble(problem, x, theta, solver, rule, num_directions, max_lanczos_steps)
+    with standard_promotion():  # theta may have leaves of several dtypes
+        found = assemble(problem, x, theta, solver, rule, num_directions, max_lanczos_steps)
     reason = most_likely_reason(found)
     found = dataclasses.replace(found, reason=reason, ok=not reason)
     if verbose:

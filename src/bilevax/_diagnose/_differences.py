@@ -102,6 +102,12 @@ def unit(x: Array) -> float:
     return max(1.0, float(np.sqrt(mean_square)))
 
 
+def precision(*trees: PyTree[Array]) -> float:
+    """Of the coarsest dtype: arguments are rounded as well as values."""
+    leaves = jtu.tree_leaves(trees)
+    return max((float(jnp.finfo(leaf.dtype).eps) for leaf in leaves), default=0.0)
+
+
 def gaussian(like: PyTree[Array], seed: int) -> PyTree[Array]:
     """Normal numbers in the structure of `like`, the same each time: a start for Lanczos."""
     generator = np.random.default_rng(seed)

@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 
 from .._problem import Bilevel
 from .._tree import tree_dtype, tree_norm, tree_scale, tree_zeros_like
-from ._differences import gaussian, random_direction, slope
+from ._differences import gaussian, precision, random_direction, slope
 from ._measurements import AtPoint, probe
 
 _Values = Callable[[float], tuple[np.ndarray, np.ndarray]]
@@ -29,7 +29,7 @@ def self_check(problem: Bilevel, x: PyTree, theta: PyTree, here: AtPoint) -> tup
     weights = gaussian(x, 3)
     weights = tree_scale(1 / jnp.maximum(tree_norm(weights), 1e-30), weights)
     zero_x, zero_theta = tree_zeros_like(x), tree_zeros_like(theta)
-    eps = float(jnp.finfo(tree_dtype(x)).eps)
+    eps = precision(x, theta)
     kink = wrong = ""
     for place, dx, dtheta in (
         ("x", random_direction(x, 1), zero_theta),
