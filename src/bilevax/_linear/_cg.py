@@ -52,8 +52,9 @@ class CG(AbstractIterativeLinearSolver):
     must be positive definite; the stopping rule uses the unpreconditioned residual.
     Outcomes: `negative_curvature` (`p'Ap <= 0`), `singular` (`p'Ap = 0` up to rounding
     and `A p = 0`, or a `v` as large as only a singular `A` makes it), `stalled` (the true
-    residual no longer follows the recursive one), `nonfinite`, `adjoint_not_converged` (`max_steps`, or a preconditioner that is not
-    positive definite); then the value is the last good iterate.
+    residual no longer follows the recursive one), `nonfinite`, `adjoint_not_converged`
+    (`max_steps`, or a preconditioner that is not positive definite); then the value is
+    the last good iterate.
 
     **Cost:** one product per step, one more per 50 steps and one for `v0`; four vectors.
 
