@@ -66,7 +66,7 @@ def step_time(size: int, dtype: str, num_rounds: int) -> tuple[Any, ...]:
         return handwritten(lambda v: product(system, v), b, 0.0, num_steps)
 
     # Small systems finish in microseconds: several calls in one timing.
-    calls = max(1, 20_000 // size)
+    calls = max(1, 2_000 // size)
 
     def repeated(fn: Callable) -> Callable:
         def run() -> Any:
