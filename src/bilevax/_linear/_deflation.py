@@ -74,7 +74,8 @@ def deflate(
     is_indefinite = values[0] < -floor
     # With an indefinite A nothing is deflated: CG judges it by itself.
     is_used = is_filled & (values > floor) & ~is_indefinite
-    inverse = (vectors * jnp.where(is_used, 1 / jnp.where(is_used, values, 1), 0)) @ vectors.T
+    inverses = jnp.where(is_used, 1 / jnp.where(is_used, values, 1), 0)
+    inverse = (vectors * inverses[None, :]) @ vectors.T
     # A mean, weighted by A, of the eigenvalues of M A on W
     size = jnp.sum(jnp.diag(gram(AW, jax.vmap(precondition)(AW))))
     is_used = jnp.any(is_used) & (size > 0) & jnp.isfinite(size)

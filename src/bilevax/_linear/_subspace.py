@@ -62,7 +62,8 @@ def smallest_ritz(
     basis, products = normalised(basis, products)
     values, vectors = jnp.linalg.eigh(symmetric(gram(basis, basis)))
     is_kept = values > jnp.sqrt(jnp.finfo(values.dtype).eps) * values[-1]
-    whitened = vectors * jnp.where(is_kept, 1 / jnp.sqrt(jnp.where(is_kept, values, 1)), 0)
+    scale = jnp.where(is_kept, 1 / jnp.sqrt(jnp.where(is_kept, values, 1)), 0)
+    whitened = vectors * scale[None, :]
     projected = symmetric(whitened.T @ gram(basis, products) @ whitened)
     # What was left out goes to the end.
     last = 2 * jnp.sqrt(jnp.sum(projected**2)) + 1
