@@ -87,7 +87,7 @@ def solve(
     method = DoubleLoop() if method is None else method
     if not isinstance(method, AbstractMethod):
         raise TypeError(
-            f"`method` must be bx.DoubleLoop(...); got {type(method).__name__}. An optimiser, an "
+            f"`method` must be bx.DoubleLoop(...) or bx.MAID(...); got {type(method).__name__}. An optimiser, an "
             "inner solver or a rule goes into it: bx.DoubleLoop(optimizer=...)."
         )
     check_positive(num_steps, "num_steps")

@@ -74,7 +74,8 @@ run_chunk = lean_jit(_chunk, donate_first=True)
 
 def _reason(info: StepInfo, tolerance: Array) -> Array:
     """The code, in `REASONS`, of what stops the run after this step; 0 for nothing."""
-    is_small = info.hypergradient_norm <= tolerance
+    norm = info.hypergradient_norm
+    is_small = norm <= tolerance.astype(norm.dtype)
     is_small = is_small & (info.result == RESULTS.successful)
     reason = jnp.where(is_small, 1, jnp.where(info.should_stop, 2, 0))
     return jnp.where(info.gave_up, 3, reason).astype(jnp.int32)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from .._hypergradient._base import AbstractHypergradient, HypergradientState
 from .._hypergradient._implicit import Implicit
+from .._hypergradient._minimum_norm import MinimumNorm
 from .._inner._base import AbstractInnerSolver
 from .._inner._default import as_inner_solver
 from .._inner._external import External, Given
@@ -20,6 +21,7 @@ from .._problem import Bilevel, start_at
 from .._tree import tree_norm, tree_where, tree_zeros_like
 from ._base import AbstractMethod, StepInfo
 from ._fall_back import MAX_FAILURES, fall_back, is_usable, same_place
+from ._newton import OuterNewton
 from ._predict import Anchor, Prediction, follow, predict
 from ._tolerances import AbstractToleranceSchedule, at_tolerances
 from ._update import AbstractOuterOptimizer, as_outer_optimizer, rejected
@@ -126,6 +128,13 @@ class DoubleLoop(AbstractMethod):
             raise TypeError(
                 "`tolerances` must be bx.ExponentialTolerance(...) or "
                 f"bx.PolynomialTolerance(...); got {type(tolerances).__name__}."
+            )
+        if isinstance(optimizer, OuterNewton) and not isinstance(
+            hypergradient, Implicit | MinimumNorm
+        ):
+            raise TypeError(
+                "OuterNewton differentiates twice and needs an implicit rule, bx.Implicit() or "
+                f"bx.MinimumNorm(); got {type(hypergradient).__name__}. Use bx.OuterLBFGS()."
             )
         self.inner_solver = inner_solver
         self.hypergradient = hypergradient
