@@ -12,8 +12,7 @@ from jaxtyping import Array
 
 import bilevax as bx
 from bilevax._linear import AbstractIterativeLinearSolver
-from bilevax._linear._recycled import Recycled
-from bilevax._precondition import AbstractPreconditioner, Jacobi, Nystrom
+from bilevax._precondition import AbstractPreconditioner
 
 RTOL = 1e-6
 DRIFTS = (1e-3, 1e-2)
@@ -63,24 +62,24 @@ class Method(NamedTuple):
     @property
     def solver(self) -> AbstractIterativeLinearSolver:
         cg = bx.CG(rtol=RTOL, max_steps=50_000)
-        return cg if self.rank is None else Recycled(cg, self.rank)
+        return cg if self.rank is None else bx.Recycled(cg, self.rank)
 
 
 METHODS = (
     Method("cold CG", is_warm=False),
     Method("warm CG"),
-    Method("cold, Jacobi", is_warm=False, preconditioner=Jacobi()),
+    Method("cold, Jacobi", is_warm=False, preconditioner=bx.Jacobi()),
     *(
-        Method(f"cold, Nystrom {rank}", is_warm=False, preconditioner=Nystrom(rank))
+        Method(f"cold, Nystrom {rank}", is_warm=False, preconditioner=bx.Nystrom(rank))
         for rank in (20, 50, 100, 200)
     ),
     *(Method(f"cold, recycled {rank}", is_warm=False, rank=rank) for rank in (10, 20, 40)),
     *(
-        Method(f"warm, Nystrom {rank}", preconditioner=Nystrom(rank))
+        Method(f"warm, Nystrom {rank}", preconditioner=bx.Nystrom(rank))
         for rank in (200, 500, 1_000, 2_000)
     ),
     *(Method(f"warm, recycled {rank}", rank=rank) for rank in (20, 40)),
-    Method("warm, recycled 20, Nystrom 100", rank=20, preconditioner=Nystrom(100)),
+    Method("warm, recycled 20, Nystrom 100", rank=20, preconditioner=bx.Nystrom(100)),
 )
 
 

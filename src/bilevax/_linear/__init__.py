@@ -12,6 +12,7 @@ from ._gmres import GMRES as GMRES
 from ._gradient_descent import GradientDescent as GradientDescent
 from ._minres import MINRES as MINRES
 from ._neumann import Neumann as Neumann
+from ._recycled import Recycled as Recycled
 from ._solve_linear import (
     default_linear_solver as default_linear_solver,
     resume_linear as resume_linear,

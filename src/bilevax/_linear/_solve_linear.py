@@ -16,6 +16,7 @@ from ._gradient_descent import GradientDescent
 from ._lineax import NEEDS_DEFINITE, solve_by_lineax
 from ._minres import MINRES
 from ._neumann import Neumann
+from ._recycled import Recycled
 
 # Up to this size the whole spectrum costs no more than conjugate gradients, and tells more.
 DIRECT_SIZE = 32
@@ -81,7 +82,7 @@ def default_linear_solver(is_symmetric: bool, size: int) -> lx.AbstractLinearSol
 def _for_nonsymmetric(solver: lx.AbstractLinearSolver) -> lx.AbstractLinearSolver:
     if isinstance(solver, Direct):
         return dataclasses.replace(solver, is_symmetric=False)
-    needs_symmetric = isinstance(solver, (CG, MINRES, Chebyshev, *NEEDS_DEFINITE))
+    needs_symmetric = isinstance(solver, (CG, Recycled, MINRES, Chebyshev, *NEEDS_DEFINITE))
     if needs_symmetric:
         prefix = "lx." if isinstance(solver, NEEDS_DEFINITE) else ""
         kind = "symmetric" if isinstance(solver, MINRES) else "symmetric positive definite"
