@@ -56,9 +56,9 @@ def test_schedules_reach_the_same_optimum_with_fewer_calls():
         )
         found[name] = bx.solve(oracle.problem, oracle.x0, oracle.theta, method, num_steps=60)
         assert found[name].stats["num_flagged"] == 0
-    for name in ("exponential", "cubic"):
+    for name, part in (("exponential", 0.7), ("cubic", 0.95)):
         assert relative_error(found[name].theta, found["tight"].theta) < 1e-2
-        assert calls(found[name]) < 0.8 * calls(found["tight"])
+        assert calls(found[name]) < part * calls(found["tight"])
 
 
 def test_a_new_schedule_compiles_nothing():

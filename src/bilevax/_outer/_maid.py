@@ -156,6 +156,7 @@ class MAID(AbstractMethod):
             step_size=jnp.asarray(self.step_size, tree_dtype(theta)),
             is_calibrated=jnp.array(False),
             tolerance=tolerance,
+            scale=jnp.zeros_like(known.dual_value),
             num_failures=jnp.asarray(0, jnp.int32),
         )
 
@@ -176,7 +177,8 @@ class MAID(AbstractMethod):
         def is_running(carry: _Carry) -> Bool[Array, ""]:
             wants_more = jnp.where(move, ~carry.has_moved, ~carry.is_known)
             is_open = (carry.num_evaluations < _MAX_EVALUATIONS) & ~carry.is_over
-            is_idle = carry.is_known & ~self._is_worthwhile(carry.known, carry)
+            size = jnp.abs(carry.known.dual_value)
+            is_idle = carry.is_known & ~self._is_worthwhile(carry.known, carry, size)
             return wants_more & is_open & ~is_idle
 
         carry = jax.lax.while_loop(is_running, evaluate, self._try(state.theta, carry))
@@ -204,8 +206,8 @@ class MAID(AbstractMethod):
         limit = jnp.asarray(self.max_step, step_size.dtype) / jnp.where(longest > 0, longest, 1)
         return jnp.minimum(step_size, limit)
 
-    def _is_worthwhile(self, estimate: Estimate, carry: "_Carry") -> Bool[Array, ""]:
-        """Whether a step promises a decrease that evaluations could show."""
+    def _is_worthwhile(self, estimate: Estimate, carry: "_Carry", scale: Scalar) -> Bool[Array, ""]:
+        """Whether a step promises a decrease that could be seen in a value of size `scale`."""
         # A first step that was never tried says nothing of the problem.
         step_size = jnp.where(carry.is_calibrated, carry.step_size, jnp.inf)
         length = self._length(estimate.grad, step_size.astype(carry.step_size.dtype))
@@ -213,9 +215,8 @@ class MAID(AbstractMethod):
         error = self._error(estimate).astype(norm.dtype)
         # An error hides a hypergradient of its own size.
         norm = jnp.maximum(norm, jnp.where(jnp.isfinite(error), error, norm))
-        gain = (length.astype(norm.dtype) * norm**2).astype(estimate.dual_value.dtype)
-        rounding = 1e3 * jnp.finfo(gain.dtype).eps * jnp.abs(estimate.dual_value)
-        return ~(gain <= rounding)
+        gain = (length.astype(norm.dtype) * norm**2).astype(scale.dtype)
+        return ~(gain <= 1e3 * jnp.finfo(gain.dtype).eps * scale)
 
     def _try(self, theta: PyTree, carry: "_Carry") -> "_Carry":
         """The next point: theta itself until its hypergradient is accurate, then a trial."""
@@ -278,7 +279,9 @@ class MAID(AbstractMethod):
         """The next state, and what to tell of the theta before the step."""
         seen, has_moved = carry.seen, carry.has_moved
         norm = tree_norm(seen.grad)
-        is_idle = ~self._is_worthwhile(seen, carry)
+        # A value that has become small may still be a difference of large ones.
+        scale = jnp.maximum(state.scale, jnp.abs(seen.dual_value))
+        is_idle = ~self._is_worthwhile(seen, carry, scale)
         is_done = ~has_moved & is_idle & tree_all_finite(seen.grad)
         good = (seen.result == RESULTS.successful) | (seen.result == RESULTS.stalled)
         is_lost = jnp.where(move, ~has_moved, ~carry.is_known) & ~is_done
@@ -295,6 +298,7 @@ class MAID(AbstractMethod):
             step_size=carry.step_size,
             is_calibrated=carry.is_calibrated,
             tolerance=carry.tolerance,
+            scale=scale,
             num_failures=num_failures,
         )
         info = StepInfo(
@@ -343,6 +347,7 @@ class MAIDState(eqx.Module):
     step_size: Scalar
     is_calibrated: Bool[Array, ""]  # the step was measured, and is not the user's
     tolerance: Scalar
+    scale: Scalar  # the largest value so far
     num_failures: Int[Array, ""]  # steps in a row
 
 

@@ -1,6 +1,7 @@
 """How exactly to solve both systems at which outer step."""
 
 import abc
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -140,5 +141,4 @@ def at_tolerances(
     if linear is None:
         linear = default_linear_solver(condition.is_symmetric, tree_size(x))
     linear = with_rtol(linear, linear_rtol)
-    rule = eqx.tree_at(lambda r: r.linear_solver, rule, linear, is_leaf=lambda a: a is None)
-    return told, rule
+    return told, dataclasses.replace(rule, linear_solver=linear)
