@@ -35,9 +35,9 @@ def outer(x, theta, data):
     return 0.5 * jnp.sum((x - target) ** 2) + 0.1 * jnp.sum(jnp.sin(x)) + 0.05 * jnp.sum(theta**2)
 
 
-
-
-def draw(seed: int, size: int, log_condition: float, nonlinearity: float) -> tuple[Data, np.ndarray]:
+def draw(
+    seed: int, size: int, log_condition: float, nonlinearity: float
+) -> tuple[Data, np.ndarray]:
     """A strongly convex problem, and a theta."""
     random = np.random.default_rng([seed, size])
     q, _ = np.linalg.qr(random.normal(size=(size, size)))
@@ -84,6 +84,7 @@ def exact(data: Data, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         t = np.abs(c @ x - theta[0])
         return x @ (A @ x) / 2 + s * np.sum(t + np.log1p(np.exp(-2 * t))) + x @ (B @ theta)
 
+    last = np.inf
     for _ in range(200):
         u = np.tanh(c @ x - theta[0])
         gradient = A @ x + s * (c.T @ u) + B @ theta
@@ -97,8 +98,10 @@ def exact(data: Data, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if length <= 1e-6:
             length = np.longdouble(1)  # lost in rounding: at the minimum
         x = x - length * step
-        if np.linalg.norm(step) <= 1e-18 * np.linalg.norm(x):
-            break
+        size = np.linalg.norm(step)
+        if size <= 1e-12 * np.linalg.norm(x) and size > 0.5 * last:
+            break  # down to rounding
+        last = size
     u = np.tanh(c @ x - theta[0])
     hessian = A + s * (c.T * (1 - u**2)) @ c
     v = solve_extended(hessian, x - target + np.cos(x) / 10)
@@ -106,3 +109,76 @@ def exact(data: Data, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     cross[:, 0] -= s * (c.T @ (1 - u**2))
     grad = theta / 10 - cross.T @ v
     return x, grad.astype(np.float64)
+
+
+class Quadratic(NamedTuple):
+    """`U = x'Ax/2 + x'B theta + c'x`, `L = ||x - target||^2/2 + ||theta||^2/20`."""
+
+    A: np.ndarray
+    B: np.ndarray
+    c: np.ndarray
+    target: np.ndarray
+
+
+def quadratic_inner(x, theta, data):
+    return 0.5 * x @ (data.A @ x) + x @ (data.B @ theta) + data.c @ x
+
+
+def quadratic_outer(x, theta, data):
+    return 0.5 * jnp.sum((x - data.target) ** 2) + 0.05 * jnp.sum(theta**2)
+
+
+def quadratic_problem(data: Quadratic, dtype=jnp.float64) -> bx.Bilevel:
+    arrays = Quadratic(*(jnp.asarray(a, dtype) for a in data))
+    return bx.Bilevel(quadratic_inner, quadratic_outer, arrays, arrays)
+
+
+def draw_singular(
+    seed: int, size: int, num_outer: int, log_condition: float, inconsistency: float
+) -> tuple[Quadratic, np.ndarray, np.ndarray, np.ndarray]:
+    """A singular positive semidefinite problem; theta, `x*` and the hypergradient.
+
+    `A = R'R`, `R` of fewer rows than columns. With `inconsistency` the linear term leaves
+    the range of `A` as soon as theta moves: at this theta there are solutions, at others
+    there are none.
+    """
+    random = np.random.default_rng([seed, size])
+    rank = int(random.integers(1, size))
+    u, _, vt = np.linalg.svd(random.normal(size=(rank, size)), full_matrices=False)
+    R = (u * 10.0 ** random.uniform(-log_condition / 2, 0, rank)) @ vt
+    theta, target = random.normal(size=num_outer), random.normal(size=size)
+    B = R.T @ (R @ random.normal(size=(size, num_outer)))
+    c = R.T @ random.normal(size=rank)
+    outside = random.normal(size=(size, num_outer))
+    outside = inconsistency * (outside - vt.T @ (vt @ outside))
+    B, c = B + outside, c - outside @ theta
+
+    long = R.astype(np.longdouble)
+    gram = long @ long.T
+
+    def pseudo_inverse(b: np.ndarray) -> np.ndarray:
+        return long.T @ solve_extended(gram, solve_extended(gram, long @ b))
+
+    x = -pseudo_inverse(B @ theta + c)
+    grad = 0.1 * theta - B.T.astype(np.longdouble) @ pseudo_inverse(x - target)
+    data = Quadratic(R.T @ R, B, c, target)
+    return data, theta, x.astype(float), grad.astype(float)
+
+
+def draw_indefinite(
+    seed: int, size: int, num_outer: int, log_condition: float
+) -> tuple[Quadratic, np.ndarray, np.ndarray]:
+    """A problem with one negative eigenvalue or more; theta and the stationary point."""
+    random = np.random.default_rng([seed, size])
+    q, _ = np.linalg.qr(random.normal(size=(size, size)))
+    eigenvalues = 10.0 ** random.uniform(-log_condition, 0, size)
+    eigenvalues[: int(random.integers(1, size + 1))] *= -1
+    A = (q * eigenvalues) @ q.T
+    data = Quadratic(
+        (A + A.T) / 2,
+        random.normal(size=(size, num_outer)),
+        random.normal(size=size),
+        random.normal(size=size),
+    )
+    theta = random.normal(size=num_outer)
+    return data, theta, np.linalg.solve(data.A, -(data.B @ theta + data.c))

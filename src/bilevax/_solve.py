@@ -63,6 +63,9 @@ def solve(
         does not die: a flagged step is recorded, falls back (see `DoubleLoop`), and a
         warning at the end says so.
 
+    Where the adjoint system of the default rule turns out to be singular, the run goes on
+    with `bx.MinimumNorm()`, and `print(solution)` says so.
+
     Ctrl-C ends the run after the current chunk and returns the solution so far; a second
     Ctrl-C interrupts at once.
 
@@ -87,8 +90,9 @@ def solve(
     method = DoubleLoop() if method is None else method
     if not isinstance(method, AbstractMethod):
         raise TypeError(
-            f"`method` must be bx.DoubleLoop(...) or bx.MAID(...); got {type(method).__name__}. An optimiser, an "
-            "inner solver or a rule goes into it: bx.DoubleLoop(optimizer=...)."
+            "`method` must be bx.DoubleLoop(...) or bx.MAID(...); got "
+            f"{type(method).__name__}. An optimiser, an inner solver or a rule goes into it: "
+            "bx.DoubleLoop(optimizer=...)."
         )
     check_positive(num_steps, "num_steps")
     check_positive(callback_every, "callback_every")
@@ -124,6 +128,7 @@ class _Run:
         self.rows: list[dict[str, np.ndarray]] = []
         self.num_moves = 0
         self.num_rows = 0
+        self.singular_since: int | None = None
 
     def loop(
         self,
@@ -188,7 +193,26 @@ class _Run:
             jnp.asarray(tolerance, float),
         )
         infos, count, reason = jax.device_get((infos, count, reason))
-        count = int(count)
+        count, why = int(count), REASONS[int(reason)]
+        if why == "singular":
+            return self._go_over(infos, count, (num_moves, num_evaluations, tolerance))
+        self._record(infos, count, num_moves)
+        return why
+
+    def _go_over(self, infos: Any, count: int, rest: tuple[int, int, float]) -> str | None:
+        """The last step met a singular system and moved nothing: go on with another rule."""
+        num_moves, num_evaluations, tolerance = rest
+        done = count - 1
+        if done:
+            self._record(infos, done, num_moves)
+        method = self.method.for_singular()
+        assert method is not None
+        self.method = method
+        self.singular_since = self.num_moves
+        return self.advance(max(num_moves - done, 0), num_evaluations - done, tolerance)
+
+    def _record(self, infos: Any, count: int, num_moves: int) -> None:
+        """The first `count` rows of a chunk."""
         before = self.rows[-1]["seconds"][-1] if self.rows else 0.0
         now = time.perf_counter() - self.start_time
         row = columns(jax.tree_util.tree_map(lambda rows: rows[:count], infos))
@@ -196,7 +220,6 @@ class _Run:
         self.rows.append(row)
         self.num_rows += count
         self.num_moves += min(count, num_moves)
-        return REASONS[int(reason)]
 
     def _solve_on_host(self, moves: bool) -> None:
         """Run the black box where the method will look next."""
@@ -237,6 +260,7 @@ class _Run:
             "num_steps": self.num_moves,
             "num_flagged": int(np.sum(history.result != "successful")),
             "stopped_by": stopped_by,
+            "singular_since": self.singular_since,
             "seconds": time.perf_counter() - self.start_time,
             "seconds_first_step": float(history.seconds[0]),
             **{name: int(np.sum(getattr(history, name))) for name in COUNTS},

@@ -254,10 +254,12 @@ def _post_mortem(s: _State, norm_b: Scalar) -> _State:
 
     Where `b` has a part in the null space, rounding gives that part a curvature, and the
     steps along it are as long as that is small: `||A|| ||v|| / ||b||` ends near `1 / eps`.
+    What curvature is then met further on is that of rounding errors too.
     """
     largest = min(0.1 / float(jnp.finfo(norm_b.dtype).eps), _LARGEST_SOLUTION)
     is_large = s.max_curvature * tree_norm(s.v) > largest * norm_b
     is_open = s.is_running | (s.result == RESULTS.stalled)
+    is_open |= s.result == RESULTS.negative_curvature
     result = RESULTS.where(is_large & is_open, RESULTS.singular, s.result)
     return eqx.tree_at(lambda s: s.result, s, result)
 

@@ -44,3 +44,10 @@ class AbstractMethod(eqx.Module):
         self, problem: Bilevel, x0: PyTree, state: Any, move: Bool[Array, ""]
     ) -> tuple[Any, StepInfo]:
         """One outer step."""
+
+    def for_singular(self) -> "AbstractMethod | None":
+        """The method to go on with, from the same state, where the adjoint system is singular.
+
+        `None` if the user has chosen what happens then.
+        """
+        return None

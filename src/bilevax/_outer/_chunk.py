@@ -16,7 +16,7 @@ from .._tree import lean_jit
 from ._base import AbstractMethod, StepInfo
 
 MAX_CHUNK = 64  # rows of the buffer of a chunk
-REASONS = {0: None, 1: "tolerance", 2: "optimizer", 3: "failure"}
+REASONS = {0: None, 1: "tolerance", 2: "optimizer", 3: "failure", 4: "singular"}
 
 
 @lean_jit
@@ -53,6 +53,8 @@ def _chunk(
         lambda s: jnp.zeros((MAX_CHUNK, *s.shape), s.dtype), jax.eval_shape(_pack, info_struct)
     )
 
+    changes = method.for_singular() is not None
+
     def keep_going(carry: tuple) -> Array:
         _, _, count, reason = carry
         return (count < num_evaluations) & (reason == 0)
@@ -61,7 +63,7 @@ def _chunk(
         dynamic, buffers, count, _ = carry
         dynamic, info = step(dynamic, count < num_moves)
         buffers = jtu.tree_map(lambda b, row: b.at[count].set(row), buffers, _pack(info))
-        return dynamic, buffers, count + 1, _reason(info, tolerance)
+        return dynamic, buffers, count + 1, _reason(info, tolerance, changes)
 
     zero = jnp.asarray(0, jnp.int32)
     carry = jax.lax.while_loop(keep_going, body, (dynamic, buffers, zero, zero))
@@ -72,13 +74,16 @@ def _chunk(
 run_chunk = lean_jit(_chunk, donate_first=True)
 
 
-def _reason(info: StepInfo, tolerance: Array) -> Array:
+def _reason(info: StepInfo, tolerance: Array, changes: bool) -> Array:
     """The code, in `REASONS`, of what stops the run after this step; 0 for nothing."""
     norm = info.hypergradient_norm
     is_small = norm <= tolerance.astype(norm.dtype)
     is_small = is_small & (info.result == RESULTS.successful)
     reason = jnp.where(is_small, 1, jnp.where(info.should_stop, 2, 0))
-    return jnp.where(info.gave_up, 3, reason).astype(jnp.int32)
+    reason = jnp.where(info.gave_up, 3, reason)
+    if changes:
+        reason = jnp.where(info.result == RESULTS.singular, 4, reason)
+    return reason.astype(jnp.int32)
 
 
 _FLOATS = (

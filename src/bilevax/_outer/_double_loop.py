@@ -1,5 +1,6 @@
 """The double loop: an inner solve and a hypergradient for every outer step."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -142,6 +143,13 @@ class DoubleLoop(AbstractMethod):
         self.start = start
         self.warm_start_adjoint = warm_start_adjoint
         self.tolerances = tolerances
+
+    def for_singular(self) -> "DoubleLoop | None":
+        rule = self.hypergradient
+        may_change = isinstance(rule, Implicit) and rule.is_default and self.tolerances is None
+        if not may_change:
+            return None
+        return dataclasses.replace(self, hypergradient=MinimumNorm(inexact=rule.inexact))
 
     def init(self, problem: Bilevel, x0: PyTree, theta: PyTree) -> "DoubleLoopState":
         count = jnp.asarray(0, jnp.int32)

@@ -23,7 +23,8 @@ class Solution:
     - `history`: a `History`, one row for each outer evaluation.
     - `stats`: `num_steps`, `num_flagged` (outer evaluations that were flagged),
         `stopped_by` ("num_steps", "tolerance", "callback", "optimizer", "interrupt" or
-        "failure"), `seconds`, `seconds_first_step` (compilation, for the most part) and
+        "failure"), `singular_since` (the outer step from which on `MinimumNorm` stood in for
+        `Implicit`, or `None`), `seconds`, `seconds_first_step` (compilation, for the most part) and
         the totals of the oracle counts.
     """
 
@@ -55,6 +56,11 @@ class Solution:
             names, counts = np.unique(outcomes, return_counts=True)
             listed = ", ".join(f"{n} ({c})" for n, c in zip(names, counts, strict=True))
             lines.append(f"{stats['num_flagged']} flagged outer evaluations: {listed}")
+        if stats["singular_since"] is not None:
+            lines.append(
+                "singular adjoint systems: the response of smallest norm (bx.MinimumNorm) from "
+                f"outer step {stats['singular_since']} on"
+            )
         message = RESULTS[self.result]
         lines.append(f"result: {message}" if message else "result: successful")
         return "\n".join(lines)
