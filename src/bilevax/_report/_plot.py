@@ -29,9 +29,11 @@ def plot_history(history: "History", axes: Any = None) -> Any:
         ("hypergradient_norm", "hypergradient norm"),
         ("inner_residual", "inner residual"),
         ("adjoint_residual", "adjoint residual (relative)"),
+        ("error_estimate", "error of the hypergradient"),
+        ("value_suboptimality", "decrease still promised"),
     ):
         column = getattr(history, name)
-        if np.any(column > 0):  # NaN where the rule solves no adjoint system
+        if np.any(column > 0):  # NaN where there is no such number
             residual_axis.semilogy(steps, np.where(column > 0, column, np.nan), label=label)
     residual_axis.set(title="How near, how exact", xlabel="outer step")
     residual_axis.legend()
