@@ -92,7 +92,12 @@ def hypergradient(
 def is_singular(rule: AbstractHypergradient, result: RESULTS) -> bool:
     """Whether `MinimumNorm` is to take over from the rule, which found a singular system."""
     may_change = isinstance(rule, Implicit) and rule.is_default
-    return may_change and not result.is_traced() and bool(result == RESULTS.singular)
+    return may_change and not result.is_traced() and _is(result, RESULTS.singular)
+
+
+def _is(result: RESULTS, outcome: RESULTS) -> bool:
+    # NumPy: the eager comparison of two outcomes would be compiled first.
+    return bool(np.all(np.asarray(result._value) == np.asarray(outcome._value)))
 
 
 def argmin(
@@ -174,9 +179,7 @@ def raise_failure(estimate: Any) -> Any:
     result = estimate.result
     if result.is_traced():
         return result.error_if(estimate, result != RESULTS.successful)
-    # NumPy: the eager comparison of two outcomes would be compiled first.
-    code, good = np.asarray(result._value), np.asarray(RESULTS.successful._value)
-    if np.all(code == good):
+    if _is(result, RESULTS.successful):
         return estimate
     numbers = (
         f"inner residual {float(estimate.inner_residual):.2e} (tolerance "
