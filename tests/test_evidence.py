@@ -175,6 +175,13 @@ def test_accuracy_on_demand_by_conjugate_gradients():
         assert relative_error(estimate.grad, exact) <= rtol
 
 
+def test_systems_that_are_not_solved_have_their_own_outcome():
+    problem, x0, theta, _ = large(jnp.float64)
+    rule = bx.Implicit(bx.CG(max_steps=5), rtol=jnp.asarray(1e-6))
+    estimate, _ = bx.hypergradient(problem, x0, theta, rule=rule, throw=False)
+    assert estimate.result == bx.RESULTS.adjoint_not_converged
+
+
 def test_more_than_float32_can_give_is_flagged():
     problem, x0, theta, exact = large(jnp.float32)
     for rtol in (1e-1, 1e-6):
@@ -295,9 +302,7 @@ def test_several_outer_objectives_at_once():
         assert several.grad.shape == (3, 6) and several.aux == "aux"
         assert relative_error(several.grad[0], ORACLE.hypergradient) < 1e-9
         for i in (1, 2):
-            one = bx.Bilevel(
-                ORACLE.problem.inner, lambda x, t, i=i: objectives(x, t, None)[0][i]
-            )
+            one = bx.Bilevel(ORACLE.problem.inner, lambda x, t, i=i: objectives(x, t, None)[0][i])
             single, _ = bx.hypergradient(one, ORACLE.x0, THETA, inner_solver=solver)
             assert relative_error(several.grad[i], single.grad) < 1e-8
     with pytest.raises(TypeError, match="vector of objectives"):

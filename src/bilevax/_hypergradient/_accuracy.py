@@ -263,6 +263,6 @@ def _result(s: Refined, inner: InnerSolution, is_good: Array) -> RESULTS:
     late = RESULTS.where(is_floor, RESULTS.stalled, RESULTS.inaccurate)
     late = RESULTS.where(s.is_contracting, late, RESULTS.inner_not_converged)
     result = RESULTS.where(s.result == RESULTS.successful, late, s.result)
-    is_finite = jnp.isfinite(s.change) & (inner.result != RESULTS.nonfinite)
+    is_finite = jnp.isfinite(tree_norm(s.grad)) & (inner.result != RESULTS.nonfinite)
     result = RESULTS.where(is_finite, result, RESULTS.nonfinite)
     return RESULTS.where(is_good, RESULTS.successful, result)
