@@ -170,5 +170,5 @@ def _relative(columns: Float[Array, "d d"]) -> Scalar:
 def _solution(
     value: PyTree[Array], residual: Scalar, tolerance: Scalar, num_products: int, result: RESULTS
 ) -> LinearSolution:
-    no_steps, num_products = jnp.zeros((), jnp.int32), jnp.asarray(num_products, jnp.int32)
-    return LinearSolution(value, residual, tolerance, no_steps, num_products, result)
+    no_steps, products = jnp.zeros((), jnp.int32), jnp.asarray(num_products, jnp.int32)
+    return LinearSolution(value, residual, tolerance, no_steps, products, result)

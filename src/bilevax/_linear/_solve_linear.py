@@ -65,10 +65,10 @@ def resume_linear(
     is_symmetric: bool,
 ) -> tuple[LinearSolution, PyTree]:
     """`solve_linear` with what the solver learnt from earlier systems, and its next state."""
-    if not isinstance(solver, AbstractIterativeLinearSolver):
-        return solve_linear(solver, matvec, b, v0, preconditioner, is_symmetric), state
     if not is_symmetric:
         solver = _for_nonsymmetric(solver)
+    if not isinstance(solver, AbstractIterativeLinearSolver):
+        return solve_linear(solver, matvec, b, v0, preconditioner, is_symmetric), state
     return solver.resume(matvec, b, v0, preconditioner, state)
 
 

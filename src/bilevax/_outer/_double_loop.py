@@ -146,8 +146,7 @@ class DoubleLoop(AbstractMethod):
 
     def for_singular(self) -> "DoubleLoop | None":
         rule = self.hypergradient
-        may_change = isinstance(rule, Implicit) and rule.is_default and self.tolerances is None
-        if not may_change:
+        if self.tolerances is not None or not isinstance(rule, Implicit) or not rule.is_default:
             return None
         return dataclasses.replace(self, hypergradient=MinimumNorm(inexact=rule.inexact))
 
