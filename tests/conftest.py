@@ -25,6 +25,16 @@ hypothesis.settings.register_profile("nightly", max_examples=1000, deadline=None
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def free_compiled_programs():
+    """Every compiled program maps memory, and a process may have 65,530 mappings on Linux.
+
+    Beyond that the compiler ends the process. The programs of a module serve no other.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def user_settings():
     """JAX as users have it, for the code in the documentation: 32 bit, no strictness."""
