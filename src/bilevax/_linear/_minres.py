@@ -50,7 +50,7 @@ class MINRES(AbstractIterativeLinearSolver):
     `negative_curvature` (the Lanczos matrix has an eigenvalue below zero by more than
     rounding, and so has `A`), `stalled`, `nonfinite`, `adjoint_not_converged`.
 
-    **Cost:** one product per step and four; ten vectors. With a preconditioner two
+    **Cost:** one product per step and four; ten vectors. With a preconditioner three
     applications of it per step.
 
     **Exact when** `A` is symmetric: in as many steps as it has distinct eigenvalues. On
