@@ -11,16 +11,14 @@ from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from .._results import RESULTS
 from .._tree import (
-    default_rtol,
     tree_axpy,
     tree_dot,
     tree_norm,
     tree_scale,
-    tree_size,
     tree_where,
 )
 from ._base import AbstractIterativeLinearSolver, LinearSolution
-from ._common import check_count, check_tolerance, scaled_start
+from ._common import check_count, check_tolerance, scaled_start, step_limit, target_norm
 
 # The recursive residual drifts away from b - A v. Where a bound on the drift passes a tenth
 # of the residual, one product measures it, at most every 50 steps (two per cent).
@@ -97,15 +95,7 @@ class CG(AbstractIterativeLinearSolver):
     ) -> LinearSolution:
         scale, b, v, r, num_products = scaled_start(matvec, b, v0)
         norm_b = tree_norm(b)
-        if self.num_steps is not None:
-            # Beyond this the steps are rounding errors, and would amplify them.
-            tolerance, limit = jnp.finfo(norm_b.dtype).eps * norm_b, self.num_steps
-        else:
-            rtol = default_rtol(b) if self.rtol is None else self.rtol
-            tolerance = jnp.asarray(self.atol, norm_b.dtype) / scale + rtol * norm_b
-            limit = self.max_steps
-            limit = min(10 * tree_size(b), 10_000) if limit is None else limit
-
+        tolerance, limit = self._stopping_rule(b, norm_b, scale)
         system = _System(matvec, b, preconditioner, tolerance, self.num_steps is None)
         state = jax.lax.while_loop(
             lambda s: s.is_running & ((s.num_steps < limit) | s.refresh),
@@ -115,6 +105,14 @@ class CG(AbstractIterativeLinearSolver):
         if preconditioner is None:
             state = _post_mortem(state, norm_b)
         return self._finish(state, scale, norm_b, tolerance)
+
+    def _stopping_rule(self, b: PyTree[Array], norm_b: Scalar, scale: Scalar) -> tuple[Scalar, int]:
+        """What the norm of the residual must reach, and the most steps."""
+        if self.num_steps is not None:
+            # Beyond this the steps are rounding errors, and would amplify them.
+            return jnp.finfo(norm_b.dtype).eps * norm_b, self.num_steps
+        tolerance = target_norm(self.rtol, self.atol, b, norm_b, scale)
+        return tolerance, step_limit(self.max_steps, b)
 
     def _finish(
         self, state: "_State", scale: Scalar, norm_b: Scalar, tolerance: Scalar

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from .._results import RESULTS
 from .._tree import (
-    default_rtol,
     tree_all_finite,
     tree_axpy,
     tree_dot,
@@ -22,7 +21,7 @@ from .._tree import (
     tree_zeros_like,
 )
 from ._base import AbstractIterativeLinearSolver, LinearSolution
-from ._common import check_count, check_tolerance, scaled_start, signs_like
+from ._common import check_count, check_tolerance, scaled_start, signs_like, target_norm
 
 _CHECK_EVERY = 10
 _LANCZOS_STEPS = 20
@@ -118,8 +117,7 @@ class Chebyshev(AbstractIterativeLinearSolver):
 
         state = _start(v, r, precondition, polynomial)
         if self.num_steps is None:
-            rtol = default_rtol(b) if self.rtol is None else self.rtol
-            target = jnp.asarray(self.atol, norm_b.dtype) / scale + rtol * norm_b
+            target = target_norm(self.rtol, self.atol, b, norm_b, scale)
             first = tree_norm(r)
             state, norm = jax.lax.while_loop(
                 lambda c: (

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Int, PyTree, Scalar
 
-from .._tree import tree_dot, tree_dtype, tree_norm, tree_sub, tree_where, tree_zeros_like
+from .._tree import (
+    default_rtol,
+    tree_dot,
+    tree_dtype,
+    tree_norm,
+    tree_size,
+    tree_sub,
+    tree_where,
+    tree_zeros_like,
+)
 
 _POWER_STEPS = 10
 
@@ -32,6 +41,23 @@ def check_step_size(name: str, step_size: float | Array | None) -> None:
     """Raise unless the step size is `None`, traced, or a positive number."""
     if isinstance(step_size, (int, float)) and not step_size > 0:
         raise ValueError(f"{name}(step_size=...) must be positive; got {step_size}.")
+
+
+def target_norm(
+    rtol: float | Scalar | None,
+    atol: float | Scalar,
+    b: PyTree[Array],
+    norm_b: Scalar,
+    scale: Scalar,
+) -> Scalar:
+    """What the norm of the residual must reach: `atol + rtol ||b||`, `b` divided by `scale`."""
+    rtol = default_rtol(b) if rtol is None else rtol
+    return jnp.asarray(atol, norm_b.dtype) / scale + rtol * norm_b
+
+
+def step_limit(max_steps: int | None, b: PyTree[Array]) -> int:
+    """`max_steps`, by default ten times the size of `b`, at most 10,000."""
+    return min(10 * tree_size(b), 10_000) if max_steps is None else max_steps
 
 
 def scaled_start(

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from .._results import RESULTS
 from .._tree import (
-    default_rtol,
     tree_all_finite,
     tree_axpy,
     tree_norm,
@@ -20,7 +19,7 @@ from .._tree import (
     tree_where,
 )
 from ._base import AbstractIterativeLinearSolver, LinearSolution
-from ._common import check_count, check_tolerance, scaled_start
+from ._common import check_count, check_tolerance, scaled_start, step_limit, target_norm
 
 
 class GMRES(AbstractIterativeLinearSolver):
@@ -80,9 +79,8 @@ class GMRES(AbstractIterativeLinearSolver):
         precondition = (lambda r: r) if preconditioner is None else preconditioner
         scale, b, v, r, num_products = scaled_start(matvec, b, v0)
         norm_b = tree_norm(b)
-        rtol = default_rtol(b) if self.rtol is None else self.rtol
-        target = jnp.asarray(self.atol, norm_b.dtype) / scale + rtol * norm_b
-        limit = min(10 * tree_size(b), 10_000) if self.max_steps is None else self.max_steps
+        target = target_norm(self.rtol, self.atol, b, norm_b, scale)
+        limit = step_limit(self.max_steps, b)
         length = min(self.restart, max(tree_size(b), 1))
 
         def cycle(s: _State) -> _State:

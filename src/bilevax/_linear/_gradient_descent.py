@@ -9,7 +9,6 @@ from jaxtyping import Array, Int, PyTree, Scalar
 
 from .._results import RESULTS
 from .._tree import (
-    default_rtol,
     tree_all_finite,
     tree_axpy,
     tree_dot,
@@ -18,7 +17,14 @@ from .._tree import (
     tree_sub,
 )
 from ._base import AbstractIterativeLinearSolver, LinearSolution
-from ._common import check_count, check_step_size, check_tolerance, find_step_size, scaled_start
+from ._common import (
+    check_count,
+    check_step_size,
+    check_tolerance,
+    find_step_size,
+    scaled_start,
+    target_norm,
+)
 
 # The residual cannot grow at all if A is symmetric; otherwise it may for a while.
 _GROWTH = 10.0
@@ -91,8 +97,7 @@ class GradientDescent(AbstractIterativeLinearSolver):
             self.step_size, lambda u: precondition(matvec(u)), b
         )
         if self.num_steps is None:
-            rtol = default_rtol(b) if self.rtol is None else self.rtol
-            target = jnp.asarray(self.atol, norm_b.dtype) / scale + rtol * norm_b
+            target = target_norm(self.rtol, self.atol, b, norm_b, scale)
             tolerance, limit, patience = target / safe_norm, self.max_steps, _PATIENCE
         else:
             target, tolerance = jnp.zeros_like(norm_b), jnp.full_like(norm_b, jnp.inf)

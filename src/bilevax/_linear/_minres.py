@@ -10,16 +10,14 @@ from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from .._results import RESULTS
 from .._tree import (
-    default_rtol,
     tree_dot,
     tree_norm,
     tree_scale,
-    tree_size,
     tree_sub,
     tree_where,
 )
 from ._base import AbstractIterativeLinearSolver, LinearSolution
-from ._common import check_count, check_tolerance, scaled_start, signs_like
+from ._common import check_count, check_tolerance, scaled_start, signs_like, step_limit, target_norm
 from ._minres_pass import Pass, System, run_pass
 
 
@@ -97,10 +95,8 @@ class MINRES(AbstractIterativeLinearSolver):
         norm_b = tree_norm(b)
         eps = jnp.finfo(norm_b.dtype).eps
         if self.num_steps is None:
-            rtol = default_rtol(b) if self.rtol is None else self.rtol
-            target = jnp.asarray(self.atol, norm_b.dtype) / scale + rtol * norm_b
-            limit = self.max_steps
-            limit = min(10 * tree_size(b), 10_000) if limit is None else limit
+            target = target_norm(self.rtol, self.atol, b, norm_b, scale)
+            limit = step_limit(self.max_steps, b)
         else:
             # Beyond this the steps are rounding errors.
             target, limit = 3 * eps * norm_b, self.num_steps

@@ -7,15 +7,13 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from jaxtyping import Array, Int, PyTree, Scalar
+from jaxtyping import Array, Int, PyTree
 
 from .._tree import (
-    default_rtol,
     tree_all_finite,
     tree_dot,
     tree_norm,
     tree_scale,
-    tree_size,
     tree_sub,
     tree_where,
 )
@@ -120,7 +118,8 @@ class Recycled(AbstractIterativeLinearSolver):
         scale, b, v, r, num_products = scaled_start(matvec, b, v0)
         v, r = deflation.improve(v, r)
         norm_b = tree_norm(b)
-        tolerance, limit, measures = _stopping_rule(self.solver, b, norm_b, scale)
+        tolerance, limit = self.solver._stopping_rule(b, norm_b, scale)
+        measures = self.solver.num_steps is None
         system = _System(matvec, b, deflation.apply, tolerance, measures)
         run = jax.lax.while_loop(
             lambda s: s.cg.is_running & ((s.cg.num_steps < limit) | s.cg.refresh),
@@ -138,18 +137,6 @@ class Recycled(AbstractIterativeLinearSolver):
         is_better = tree_all_finite(W) & (tree_dot(W, W) > 0)
         state = Kept(tree_where(is_better, W, state.W), state.is_filled | is_better)
         return deflation.judge(solution), state
-
-
-def _stopping_rule(
-    solver: CG, b: PyTree[Array], norm_b: Scalar, scale: Scalar
-) -> tuple[Scalar, int, bool]:
-    """The tolerance and the limit of `CG.solve`, and whether the residual is measured."""
-    if solver.num_steps is not None:
-        return jnp.finfo(norm_b.dtype).eps * norm_b, solver.num_steps, False
-    rtol = default_rtol(b) if solver.rtol is None else solver.rtol
-    tolerance = jnp.asarray(solver.atol, norm_b.dtype) / scale + rtol * norm_b
-    limit = min(10 * tree_size(b), 10_000) if solver.max_steps is None else solver.max_steps
-    return tolerance, limit, True
 
 
 class _Run(eqx.Module):
