@@ -121,8 +121,7 @@ class Implicit(AbstractHypergradient):
                 f"bx.Neumann(...) or a Lineax solver; got {type(solver).__name__}."
             )
         check_tolerance("Implicit", rtol=self.rtol, atol=self.atol, damping=self.damping)
-        refines = self.error_estimate or self.polish or self.rtol is not None
-        if self._is_damped and refines:
+        if self._is_damped and self._refines:
             raise ValueError(
                 "Implicit(damping=...) solves another system on purpose, whose bias "
                 "`damping_bias` reports: leave out error_estimate, polish and rtol."
@@ -140,8 +139,7 @@ class Implicit(AbstractHypergradient):
     @property
     def is_plain(self) -> bool:
         """Whether nothing is asked for but the hypergradient."""
-        refines = self.error_estimate or self.polish or self.rtol is not None
-        return not (refines or self._is_damped)
+        return not (self._refines or self._is_damped)
 
     @property
     def is_default(self) -> bool:
@@ -264,8 +262,7 @@ class Implicit(AbstractHypergradient):
         fixed = stop_gradient(inputs)
         x, rest = primal_fn((*fixed, lax_while_loop))
         rest = stop_gradient(rest)
-        # Of minimise and least_squares the rewritten residual is a gradient.
-        is_symmetric = rewrite_fn.__module__.endswith(("._minimise", "._least_squares"))
+        is_symmetric = is_gradient(rewrite_fn)
 
         def solve(matvec: Callable, b: PyTree) -> PyTree:
             solver = self._solver(b, is_symmetric)
@@ -335,6 +332,10 @@ class Implicit(AbstractHypergradient):
         return linear, None if self.preconditioner is None else self.preconditioner.init(x)
 
     @property
+    def _refines(self) -> bool:
+        return self.error_estimate or self.polish or self.rtol is not None
+
+    @property
     def _is_damped(self) -> bool:
         return not (isinstance(self.damping, int | float) and self.damping == 0)
 
@@ -353,6 +354,11 @@ class Implicit(AbstractHypergradient):
 
 def _memory(solver: lx.AbstractLinearSolver, x: PyTree) -> PyTree:
     return solver.start(x) if isinstance(solver, AbstractIterativeLinearSolver) else None
+
+
+def is_gradient(rewrite_fn: Callable) -> bool:
+    """Whether a residual of Optimistix is a gradient: of minimise and least_squares."""
+    return rewrite_fn.__module__.endswith(("._minimise", "._least_squares"))
 
 
 def or_fail(x: PyTree, result: RESULTS, throw: bool) -> PyTree:

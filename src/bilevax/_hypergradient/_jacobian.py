@@ -12,6 +12,7 @@ from .._linear import LinearSolution
 from .._problem import Bilevel, as_arrays, prepare
 from .._results import RESULTS, first_failure
 from .._tree import flat_to_tree, lean_jit, tree_basis, tree_size
+from ._adjoint import first_of_batch
 from ._base import as_stats
 from ._entry import check_types, raise_failure
 from ._implicit import Implicit
@@ -90,8 +91,6 @@ def _jacobian(problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit) -> Jac
     inner, _ = Given().solve(bound.inner, x, theta, None)
     forward = tree_size(theta) <= tree_size(x)
     value, systems = (_forward if forward else _reverse)(bound, x, theta, rule)
-    worst = jnp.argmax(systems.result != RESULTS.successful)
-    result = jtu.tree_map(lambda code: code[worst], systems.result)
     num_systems = systems.residual.shape[0]
     counts = inner.counts + Counts(hessian=jnp.sum(systems.num_products), cross=num_systems)
     return Jacobian(
@@ -99,7 +98,7 @@ def _jacobian(problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit) -> Jac
         inner_residual=inner.residual,
         inner_tolerance=inner.tolerance,
         adjoint_residual=jnp.max(systems.residual),
-        result=first_failure(inner.result, result),
+        result=first_failure(inner.result, first_of_batch(systems)),
         stats=as_stats(counts, 0, jnp.sum(systems.num_steps)),
     )
 

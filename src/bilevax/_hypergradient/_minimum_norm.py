@@ -28,7 +28,7 @@ from .._tree import (
 from ._adjoint import DENSE_EVIDENCE, first_of_batch
 from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, no_evidence
 from ._evidence import dual_value
-from ._implicit import Implicit, or_fail
+from ._implicit import Implicit, is_gradient, or_fail
 from ._linearise import Linearised, Outer, linearise, outer_at
 from ._tangent import tangent_columns
 
@@ -162,8 +162,7 @@ class MinimumNorm(AbstractHypergradient):
     def apply(
         self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
     ) -> PyTree[Array]:
-        is_symmetric = rewrite_fn.__module__.endswith(("._minimise", "._least_squares"))
-        rule = Implicit(_minimum_norm_solver(is_symmetric, size=None))
+        rule = Implicit(_minimum_norm_solver(is_gradient(rewrite_fn), size=None))
         return rule.apply(primal_fn, rewrite_fn, inputs, tags)
 
 
