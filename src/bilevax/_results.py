@@ -55,6 +55,20 @@ class RESULTS(eqx.Enumeration):
         "that it belongs to another branch of solutions, or the step crossed a fold. Take "
         "smaller outer steps, or regularise the inner objective so that its minimum is unique."
     )
+    exploding = (
+        "The derivative of the inner steps explodes: on the way back through them the adjoint "
+        "grew by many orders of magnitude, so that the exact derivative of the steps says "
+        "nothing about a finite change of theta. Use bx.PersistentES(...) or "
+        "bx.EvolutionStrategies(...), fewer inner steps, a smaller inner step size, or "
+        "bx.Truncated(...)."
+    )
+    burn_in = (
+        "The derivative of the inner steps has not begun to converge (the curse of unrolling): "
+        "its error still grows with the number of steps, although x converges. Take more "
+        "inner steps or a smaller inner step size, start nearer to the solution (warm start), "
+        "or use bx.Implicit(). If the problem stopped after these steps is the one you mean, "
+        "bx.Unrolled() is exact for it."
+    )
     diverged = (
         "The linear solver diverged: its step size is too large for this system. Give a "
         "smaller step_size, leave it None (it is then measured; for a fixed point it is 1, "

@@ -67,6 +67,7 @@ class HypergradientState(eqx.Module):
     linear: PyTree = None  # the linear solver's: a recycled subspace
     preconditioner: PyTree = None  # a sketch, a diagonal
     tolerances: PyTree = None  # chosen by `Implicit(rtol=...)`
+    rule: PyTree = None  # the rule's own: random keys, particles
 
 
 class AbstractHypergradient(optx.AbstractAdjoint):
