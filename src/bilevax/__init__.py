@@ -14,6 +14,7 @@ from ._problem import (
 from ._inner._newton_cg import NewtonCG as NewtonCG
 from ._inner._lbfgs import LBFGS as LBFGS
 from ._inner._descent import Descent as Descent
+from ._inner._batches import Minibatches as Minibatches
 from ._inner._optimistix import Optimistix as Optimistix
 from ._inner._external import External as External, Given as Given, Traceable as Traceable
 from ._linear import (

@@ -1,5 +1,6 @@
 """Any Optax transformation as an inner solver."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from ._base import (
     residual_and_scale,
     run,
 )
+from ._batches import as_batches, check_batches
 from ._optimistix import check_positive
 
 
@@ -37,12 +39,23 @@ class Descent(AbstractSteppingSolver):
         that of `measure` at the starting point. By default there is no stopping test.
     - `carry_state`: start with the optimiser's own state (moments, step counts) of the
         previous outer step. Off by default: moments that belong to another theta often hurt.
+    - `batches`: each step sees a batch of the inner data, regenerated from the number of
+        the step and never stored: `bx.Minibatches(size, key=...)`; an array of indices of
+        shape (num_batches, batch_size), its rows taken in turn, so that the rows of a
+        permutation make an epoch; or your function `(step, data) -> data`. Arrays of the
+        data share their leading axis, the examples. What is minimised is your function of
+        the batch: a mean over examples, not a sum. An outer variable per example is found
+        by an index among the data (see the example). Every solve starts at batch 0, so
+        that `x` is a function of theta alone; with `carry_state` it goes on in the stream.
+        `x` is judged, as ever, by the gradient of all data, to which a fixed step size
+        does not converge: implicit rules need `inexact=True`.
 
     An implicit rule needs a solution: it flags an `x` whose gradient exceeds
     `atol + rtol * ||A z||` (`measure`), with the documented default of `rtol` where none
     was asked for.
 
-    **Cost:** one gradient a step (and what the optimiser's line search takes).
+    **Cost:** one gradient a step, of a batch if there are batches (and what the
+    optimiser's line search takes).
 
     !!! example
 
@@ -51,6 +64,26 @@ class Descent(AbstractSteppingSolver):
 
         inner_solver = bx.Descent(optax.adam(1e-2), num_steps=500)
         ```
+
+        Minibatches, and one weight per example, `theta[index]` in the inner function:
+
+        ```python
+        import jax, jax.numpy as jnp
+
+        def inner(x, theta, batch):
+            errors = batch["features"] @ x - batch["targets"]
+            return jnp.mean(jax.nn.sigmoid(theta[batch["index"]]) * errors**2)
+
+        features = jnp.cos(jnp.arange(300.0)).reshape(100, 3)
+        data = {"features": features, "targets": features[:, 0], "index": jnp.arange(100)}
+        problem = bx.Bilevel(inner, lambda x, theta: jnp.sum((x - 0.5) ** 2), inner_data=data)
+        inner_solver = bx.Descent(
+            optax.sgd(0.3), num_steps=50, batches=bx.Minibatches(10, key=jax.random.key(0))
+        )
+        bx.hypergradient(
+            problem, jnp.zeros(3), jnp.zeros(100), inner_solver=inner_solver, rule=bx.Unrolled()
+        )
+        ```
     """
 
     optimizer: Any
@@ -58,6 +91,7 @@ class Descent(AbstractSteppingSolver):
     rtol: float | None
     atol: float | None
     carry_state: bool
+    batches: Callable[[Array, PyTree], PyTree] | None
 
     def __init__(
         self,
@@ -67,6 +101,7 @@ class Descent(AbstractSteppingSolver):
         rtol: float | None = None,
         atol: float | None = None,
         carry_state: bool = False,
+        batches: Any = None,
     ) -> None:
         if not (isinstance(optimizer, optax.GradientTransformation) or callable(optimizer)):
             raise TypeError(
@@ -80,6 +115,12 @@ class Descent(AbstractSteppingSolver):
         self.rtol = rtol
         self.atol = atol
         self.carry_state = carry_state
+        self.batches = as_batches(batches)
+        if self.batches is not None and self._has_tolerance:
+            raise ValueError(
+                "`rtol` and `atol` stop at a small gradient, and that of one batch says nothing "
+                "about convergence: with `batches` leave them out, and choose `num_steps`."
+            )
 
     @property
     def max_steps(self) -> int:
@@ -107,6 +148,8 @@ class Descent(AbstractSteppingSolver):
                 f"{type(condition).__name__}. Use optx.Newton(...) for a root or "
                 "optx.FixedPointIteration(...) for a fixed point."
             )
+        if self.batches is not None:
+            x0 = check_batches(self.batches, condition, x0)
         optimizer_state = state if self.carry_state else self._initial(x0, theta)
         if not self._has_tolerance:
             return x0, optimizer_state
@@ -121,6 +164,11 @@ class Descent(AbstractSteppingSolver):
         self, condition: AbstractCondition, theta: PyTree, carry: PyTree[Array]
     ) -> PyTree[Array]:
         x, optimizer_state = carry[:2]
+        batch_step = None
+        if self.batches is not None:
+            optimizer_state, batch_step = optimizer_state
+            batch = self.batches(batch_step, condition.data)
+            condition = dataclasses.replace(condition, data=batch)
         inner = objective(condition)
         assert inner is not None
 
@@ -133,11 +181,14 @@ class Descent(AbstractSteppingSolver):
                 grad, optimizer_state, x, value=value, grad=grad, value_fn=value_fn
             )
             new_x = optax.apply_updates(x, updates)
+        new_state = strong(new_state)
+        if batch_step is not None:
+            new_state = new_state, batch_step + 1
         if not self._has_tolerance:
-            return new_x, strong(new_state)
+            return new_x, new_state
         tolerance = carry[2]
         done = tree_norm(grad) <= tolerance
-        kept = jax.lax.cond(done, lambda: (x, optimizer_state), lambda: (new_x, strong(new_state)))
+        kept = jax.lax.cond(done, lambda: (x, optimizer_state), lambda: (new_x, new_state))
         return *kept, tolerance, done
 
     def is_done(self, carry: PyTree[Array]) -> Array | bool:
@@ -164,7 +215,8 @@ class Descent(AbstractSteppingSolver):
 
     def _initial(self, x0: PyTree, theta: PyTree) -> PyTree:
         with standard_promotion():
-            return strong(self._optimizer(theta).init(x0))
+            initial = strong(self._optimizer(theta).init(x0))
+        return initial if self.batches is None else (initial, jnp.asarray(0, jnp.int32))
 
     def _optimizer(self, theta: PyTree) -> optax.GradientTransformationExtraArgs:
         optimizer = self.optimizer
