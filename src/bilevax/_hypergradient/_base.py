@@ -39,6 +39,9 @@ class Estimate(eqx.Module):
     - `result`: the outcome, see `RESULTS`.
     - `stats`: `num_inner_steps`, `num_adjoint_steps`, `num_gradients`,
         `num_hessian_products`, `num_cross_products`.
+    - `adjoint_growth`: for rules that go back through the steps, the mean norm of the
+        adjoint of x on the way, relative to that at the end: below one where the steps
+        contract, many orders of magnitude where derivatives explode. Otherwise `None`.
     """
 
     value: Scalar
@@ -56,6 +59,7 @@ class Estimate(eqx.Module):
     dual_value: Scalar
     result: RESULTS
     stats: dict[str, Array]
+    adjoint_growth: Scalar | None = None
 
 
 class HypergradientState(eqx.Module):

@@ -7,26 +7,41 @@ from typing import Literal
 import jax
 from jaxtyping import Array, PyTree
 
-Checkpoints = Literal["sqrt", "all"] | int
+from ._binomial import repeat_from_checkpoints
+from ._budget import MemoryBudget, num_bytes, residual_bytes
+from ._probe import tap
+
+Checkpoints = Literal["sqrt", "all", "reversible"] | int | MemoryBudget
+
+# Up to this many times the size of a carry, what a step computes is kept inside a segment,
+# instead of taking the step a third time: with segments of the right length that fits into
+# 4 sqrt(length) carries.
+_MOST_RESIDUALS = 4.0
 
 
 def check_checkpoints(checkpoints: Checkpoints) -> None:
     """Raise unless `checkpoints` is one of the policies."""
-    is_count = isinstance(checkpoints, int) and checkpoints >= 1
-    if not (is_count or checkpoints in ("sqrt", "all")):
+    is_number = isinstance(checkpoints, int) and not isinstance(checkpoints, bool)
+    is_count = is_number and checkpoints >= 1
+    is_policy = isinstance(checkpoints, str) and checkpoints in ("sqrt", "all", "reversible")
+    if not (is_count or is_policy or isinstance(checkpoints, MemoryBudget)):
         raise ValueError(
-            "`checkpoints` must be 'sqrt' (the default), 'all' or the number of carries to "
-            f"keep, at least 1; got {checkpoints!r}."
+            "`checkpoints` must be 'sqrt' (the default), 'all', 'reversible', the number of "
+            f"carries to keep, at least 1, or bx.MemoryBudget(num_bytes); got {checkpoints!r}."
         )
 
 
-def num_checkpoints(checkpoints: Checkpoints, length: int) -> int:
-    """The number of carries kept for a loop of `length` steps."""
+def num_checkpoints(
+    checkpoints: Checkpoints, step: Callable[[PyTree], PyTree], carry: PyTree[Array], length: int
+) -> int:
+    """The number of carries to keep in a loop of at most `length` steps."""
     if checkpoints == "all":
         return length
-    if checkpoints == "sqrt":
-        return math.ceil(math.sqrt(length))
-    return min(int(checkpoints), length)
+    if isinstance(checkpoints, MemoryBudget):
+        return min(checkpoints.num_carries(step, carry), length)
+    if isinstance(checkpoints, int):
+        return min(checkpoints, length)
+    return math.ceil(math.sqrt(length))
 
 
 def repeat(
@@ -34,26 +49,60 @@ def repeat(
     carry: PyTree[Array],
     length: int,
     checkpoints: Checkpoints,
+    probe: Array | None = None,
 ) -> PyTree[Array]:
     """`step` applied `length` times.
 
-    Reverse mode keeps the carry at the start of each of `s` segments and, while it goes
-    back through one segment, the carry of each of its `length / s` steps, and recomputes
-    the rest: for `s = sqrt(length)` about `2 sqrt(length)` carries and one more forward
-    pass. "all" keeps the carry of every step (but nothing from inside a step, which a
-    plain scan keeps too, and which makes it slower for it).
+    | policy | carries kept | steps taken again |
+    |---|---|---|
+    | "all" | all | each once |
+    | "sqrt" | at most `4 sqrt(length)` | each once, or twice if a step computes a lot |
+    | an integer s | s | each at most r times, `binom(s + r, r) >= length`, and once more |
+    | `MemoryBudget` | what fits | the fewest |
+
+    "all" keeps the carry of every step, but nothing from inside a step, which a plain scan
+    keeps too, and which makes it slower for it. `probe`: see `_probe.py`.
     """
-    step = jax.checkpoint(step)
+    if isinstance(checkpoints, MemoryBudget):
+        checkpoints = checkpoints.policy(step, carry, length)
+    if isinstance(checkpoints, int):
+        if checkpoints < length:
+            return repeat_from_checkpoints(step, carry, length, checkpoints, probe)
+        checkpoints = "all"
+    if checkpoints == "all":
+        ratio, inside, around = 1.0, jax.checkpoint(step), _as_it_is
+    else:
+        ratio = residual_bytes(step, carry) / max(num_bytes(carry), 1)
+        inside, around = step, jax.checkpoint
+        if not 0 < ratio <= _MOST_RESIDUALS:
+            ratio, inside = 1.0, jax.checkpoint(step)
 
     def segment(carry: PyTree, num_steps: int) -> PyTree:
-        return jax.lax.scan(lambda c, _: (step(c), None), carry, None, length=num_steps)[0]
+        if probe is not None:
+            carry = (tap(carry[0], probe), *carry[1:])
+        return jax.lax.scan(lambda c, _: (inside(c), None), carry, None, length=num_steps)[0]
 
-    segments = num_checkpoints(checkpoints, length)
-    per_segment = length // segments
-    if per_segment <= 1:
+    num_segments, per_segment = _segments(length, ratio)
+    if per_segment <= 1 or num_segments <= 1:
         return segment(carry, length)
-    whole = jax.checkpoint(lambda c: segment(c, per_segment))
-    carry, _ = jax.lax.scan(lambda c, _: (whole(c), None), carry, None, length=segments)
-    rest = length - segments * per_segment
-    # The remainder is shorter than the number of segments: no second level.
+    whole = around(lambda c: segment(c, per_segment))
+    carry, _ = jax.lax.scan(lambda c, _: (whole(c), None), carry, None, length=num_segments)
+    rest = length - num_segments * per_segment
     return segment(carry, rest) if rest else carry
+
+
+def _as_it_is(fn: Callable) -> Callable:
+    return fn
+
+
+def _segments(length: int, ratio: float) -> tuple[int, int]:
+    """The number of segments and their length; the rest is shorter than a segment.
+
+    Least memory: `num_segments + ratio * per_segment` carries. A divisor of `length`
+    nearby leaves no rest, which would have to be compiled on its own.
+    """
+    best = math.sqrt(length / ratio)
+    nearby = range(max(math.ceil(0.7 * best), 1), math.floor(1.4 * best) + 1)
+    divisors = [per for per in nearby if length % per == 0]
+    per_segment = min(divisors, key=lambda per: abs(per - best), default=max(round(best), 1))
+    return length // per_segment, per_segment

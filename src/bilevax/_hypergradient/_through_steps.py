@@ -4,6 +4,7 @@ import abc
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
@@ -11,9 +12,10 @@ from jaxtyping import Array, PyTree
 from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts
 from .._problem import AbstractCondition, Bilevel, start_at
 from .._results import RESULTS
-from .._tree import tree_all_finite, tree_norm
+from .._tree import tree_all_finite, tree_dtype, tree_norm
 from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, no_evidence
 from ._implicit import or_fail
+from ._probe import growth, new_probe, tap_end
 from ._scan import Checkpoints, repeat
 
 # x, the solver's state for the next solve, the steps taken, the steps differentiated
@@ -27,6 +29,8 @@ class AbstractThroughSteps(AbstractHypergradient):
     and the arrays of `condition` as the rule says.
     """
 
+    max_growth: eqx.AbstractVar[float]
+
     @abc.abstractmethod
     def unroll(
         self,
@@ -35,8 +39,9 @@ class AbstractThroughSteps(AbstractHypergradient):
         x0: PyTree,
         theta: PyTree,
         state: PyTree,
+        probe: Array | None = None,
     ) -> Unrolling:
-        """`x` as a differentiable function of theta."""
+        """`x` as a differentiable function of theta. `probe`: see `_probe.py`."""
 
     def init(
         self, problem: Bilevel, inner_solver: AbstractInnerSolver, x0: PyTree, theta: PyTree
@@ -54,7 +59,9 @@ class AbstractThroughSteps(AbstractHypergradient):
         theta: PyTree,
         state: HypergradientState,
     ) -> tuple[Estimate, HypergradientState]:
-        return estimate_through(self.unroll, problem, inner_solver, x0, theta, state)
+        return estimate_through(
+            self.unroll, problem, inner_solver, x0, theta, state, self.max_growth
+        )
 
     def solution(
         self,
@@ -87,18 +94,25 @@ def estimate_through(
     x0: PyTree,
     theta: PyTree,
     state: HypergradientState,
+    max_growth: float | None = None,
 ) -> tuple[Estimate, HypergradientState]:
-    """The estimate of a rule that differentiates `x` as a function of theta."""
+    """The estimate of a rule that differentiates `x` as a function of theta.
 
-    def truncated_problem(theta: PyTree) -> tuple[Array, Any]:
+    With `max_growth`, `unroll` takes a probe, and an adjoint that grew by more is flagged.
+    """
+    no_probe = () if max_growth is None else (new_probe(tree_dtype(state.x)),)
+
+    def truncated_problem(theta: PyTree, probe: tuple) -> tuple[Array, Any]:
         x, inner_state, num_steps, num_back = unroll(
-            problem.inner, inner_solver, x0, theta, state.inner
+            problem.inner, inner_solver, x0, theta, state.inner, *probe
         )
+        x = tap_end(x, *probe) if probe else x
         value, aux = problem.outer_value(x, theta)
         return value, (aux, x, inner_state, num_steps, num_back)
 
+    differentiate = jax.value_and_grad(truncated_problem, (0, 1), has_aux=True)
     try:
-        (value, rest), grad = jax.value_and_grad(truncated_problem, has_aux=True)(theta)
+        (value, rest), (grad, probe) = differentiate(theta, no_probe)
     except ValueError as error:
         if "Reverse-mode differentiation does not work" not in str(error):
             raise
@@ -111,6 +125,10 @@ def estimate_through(
     aux, x, inner_state, num_steps, num_back = rest
     residual = tree_norm(problem.inner.residual(x, theta))
     result = RESULTS.where(tree_all_finite((value, grad)), RESULTS.successful, RESULTS.nonfinite)
+    adjoint_growth = growth(*probe) if probe else None
+    if adjoint_growth is not None:
+        # before "nonfinite": an adjoint that overflows has exploded first
+        result = RESULTS.where(adjoint_growth > max_growth, RESULTS.exploding, result)
     # Going back through a step recomputes it (one gradient) and transposes its derivative.
     counts = Counts(gradients=num_steps + num_back + 2, hessian=num_back, cross=num_back)
     estimate = Estimate(
@@ -123,6 +141,7 @@ def estimate_through(
         inner_tolerance=jnp.full_like(residual, jnp.inf),
         result=result,
         stats=as_stats(counts, num_steps, 0),
+        adjoint_growth=adjoint_growth,
         **no_evidence(value, residual),
     )
     return estimate, HypergradientState(x=x, v=None, inner=inner_state)
@@ -134,20 +153,23 @@ def repeat_until_done(
     carry: PyTree,
     length: int,
     checkpoints: Checkpoints,
+    probe: Array | None = None,
 ) -> tuple[PyTree, Array]:
     """`length` steps of a scan; those after the solver is done change nothing."""
     if solver.is_fixed_length:
-        return repeat(step, carry, length, checkpoints), jnp.asarray(length, jnp.int32)
+        return repeat(step, carry, length, checkpoints, probe), jnp.asarray(length, jnp.int32)
 
     def guarded(state: tuple) -> tuple:
-        carry, count = state
+        *carry, count = state
         # A cond and not a where: the step of a converged solver may be 0/0, and its
         # derivative would be NaN through a where.
         return jax.lax.cond(
-            solver.is_done(carry), lambda: (carry, count), lambda: (step(carry), count + 1)
+            solver.is_done(tuple(carry)), lambda: state, lambda: (*step(tuple(carry)), count + 1)
         )
 
-    return repeat(guarded, (carry, jnp.asarray(0, jnp.int32)), length, checkpoints)
+    start = (*carry, jnp.asarray(0, jnp.int32))
+    *carry, count = repeat(guarded, start, length, checkpoints, probe)
+    return tuple(carry), count
 
 
 def _name(inner_solver: AbstractInnerSolver) -> str:

@@ -13,6 +13,7 @@ from .._inner._measured import AbstractMeasuredMinimiser
 from .._inner._optimistix import Optimistix, check_positive
 from .._problem import AbstractCondition, start_at
 from .._tree import checkpointed_while_loop, lax_while_loop, stop_gradient
+from ._probe import MAX_GROWTH, check_growth
 from ._scan import Checkpoints, check_checkpoints, num_checkpoints
 from ._through_steps import AbstractThroughSteps, Unrolling, repeat_until_done
 from ._unrolled import Unrolled
@@ -53,10 +54,12 @@ class Truncated(AbstractThroughSteps):
 
     num_steps: int
     checkpoints: Checkpoints = "sqrt"
+    max_growth: float = MAX_GROWTH
 
     def __check_init__(self) -> None:
         check_positive(self.num_steps, "num_steps")
         check_checkpoints(self.checkpoints)
+        check_growth(self.max_growth)
 
     @property
     def differentiates_start(self) -> bool:
@@ -100,7 +103,7 @@ class Truncated(AbstractThroughSteps):
                 body_fun,
                 last_steps[0],
                 max_steps=length,
-                checkpoints=num_checkpoints(self.checkpoints, length),
+                checkpoints=num_checkpoints(self.checkpoints, body_fun, last_steps[0], length),
             )
 
         return primal_fn((*inputs, differentiate))
@@ -112,9 +115,11 @@ class Truncated(AbstractThroughSteps):
         x0: PyTree,
         theta: PyTree,
         state: PyTree,
+        probe: Array | None = None,
     ) -> Unrolling:
         if solver.is_fixed_length and solver.max_steps <= self.num_steps:
-            return Unrolled(None, self.checkpoints).unroll(condition, solver, x0, theta, state)
+            whole = Unrolled(None, self.checkpoints)
+            return whole.unroll(condition, solver, x0, theta, state, probe)
         if isinstance(solver, Optimistix):
             _check_every_step_moves(solver.solver)
         fixed_condition, fixed_theta = stop_gradient((condition, theta))
@@ -127,7 +132,7 @@ class Truncated(AbstractThroughSteps):
         carry, num_head = run(solver, fixed_condition, fixed_theta, start, head)
         step = partial(solver.step, condition, theta)
         carry, num_tail = repeat_until_done(
-            solver, step, stop_gradient(carry), self.num_steps, self.checkpoints
+            solver, step, stop_gradient(carry), self.num_steps, self.checkpoints, probe
         )
         x, new_state = solver.finish(condition, carry)
         return x, new_state, num_head + num_tail, num_tail

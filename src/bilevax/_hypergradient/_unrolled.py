@@ -11,6 +11,7 @@ from .._inner._base import AbstractSteppingSolver
 from .._inner._optimistix import check_positive
 from .._problem import AbstractCondition, start_at
 from .._tree import checkpointed_while_loop, stop_gradient
+from ._probe import MAX_GROWTH, check_growth, tap
 from ._scan import Checkpoints, check_checkpoints, num_checkpoints
 from ._through_steps import AbstractThroughSteps, Unrolling, repeat_until_done
 
@@ -27,19 +28,33 @@ class Unrolled(AbstractThroughSteps):
     - `num_steps`: the number K of inner steps; by default what the inner solver says. A
         `Descent` takes exactly its `num_steps` updates. A solver that stops by itself is
         differentiated through the steps it took; with `num_steps`, at most that many.
-    - `checkpoints`: "sqrt" keeps about `2 sqrt(K)` carries and recomputes the rest once,
-        "all" keeps K, an integer that many segments.
+    - `checkpoints`: what is kept for the way back; the rest is computed again.
+
+        | policy | carries kept | steps taken, way forward and back |
+        |---|---|---|
+        | `"sqrt"` | at most `4 sqrt(K)` | 2K or 3K, and K back |
+        | `"all"` | K | 2K, and K back |
+        | an integer s | s | at most `(r + 1) K`, and K back, `binom(s + r, r) >= K` |
+        | `bx.MemoryBudget(num_bytes)` | as many as fit | the fewest |
+        | `"reversible"` | one | 2K, and K back; `optax.sgd(..., momentum=...)` only |
+
+    - `max_growth`: the outcome is `exploding` where the adjoint of x grows on the way back
+        by more (`Estimate.adjoint_growth`).
 
     What is differentiated: theta, also where the optimiser's own parameters or `x0` are
     functions of it. After a warm start `x0` is a constant.
 
-    **Cost:** K steps forward, K again for the recomputation, and K steps back, each about
-    a Hessian product and a cross product. Memory of `2 sqrt(K)` carries (`x` and the
-    optimiser's state).
+    **Cost:** as in the table; a step back takes about a Hessian product and a cross product.
+    A carry is `x` and the optimiser's state. A solver that stops by itself keeps
+    `sqrt(max_steps)` carries, or as many as are asked for.
+
+    **Derivatives:** `bx.argmin` with `"all"` or `"sqrt"` and a fixed number of steps has
+    forward and reverse mode, the other policies reverse mode and forward over reverse;
+    `bx.ForwardMode` always has forward mode.
 
     **Exact when** `L_K` is the problem you mean. As an estimate of the bilevel
     hypergradient its error falls as `K rho^K`, rho the contraction factor of the steps.
-    It is flagged only when it is not finite; the inner residual is reported.
+    It is flagged when it is not finite or explodes; the inner residual is reported.
 
     !!! example
 
@@ -50,16 +65,19 @@ class Unrolled(AbstractThroughSteps):
         ```
 
     Reference: Franceschi, Donini, Frasconi, Pontil, "Forward and reverse gradient-based
-    hyperparameter optimization", 2017, eq. (9) to (12).
+    hyperparameter optimization", 2017, eq. (9) to (12); Griewank, Walther, "Algorithm 799:
+    revolve", 2000, section 2, for the number of steps.
     """
 
     num_steps: int | None = None
     checkpoints: Checkpoints = "sqrt"
+    max_growth: float = MAX_GROWTH
 
     def __check_init__(self) -> None:
         if self.num_steps is not None:
             check_positive(self.num_steps, "num_steps")
         check_checkpoints(self.checkpoints)
+        check_growth(self.max_growth)
 
     @property
     def differentiates_start(self) -> bool:
@@ -76,9 +94,8 @@ class Unrolled(AbstractThroughSteps):
                 "To unroll a solve its number of steps must be bounded: pass max_steps=..., or "
                 "Unrolled(num_steps=...)."
             )
-        inputs = (*inputs[:5], max_steps, *inputs[6:])
-        adjoint = optx.RecursiveCheckpointAdjoint(num_checkpoints(self.checkpoints, max_steps))
-        return adjoint.apply(primal_fn, rewrite_fn, inputs, tags)
+        loop = partial(_while_loop, checkpoints=self.checkpoints)
+        return primal_fn((*inputs[:5], max_steps, *inputs[6:], loop))
 
     def unroll(
         self,
@@ -87,14 +104,15 @@ class Unrolled(AbstractThroughSteps):
         x0: PyTree,
         theta: PyTree,
         state: PyTree,
+        probe: Array | None = None,
     ) -> Unrolling:
         carry = solver.start(condition, start_at(x0, theta), theta, stop_gradient(state))
         length = self.num_steps or solver.max_steps
         step = partial(solver.step, condition, theta)
         if solver.is_fixed_length or self.num_steps is not None:
-            carry, count = repeat_until_done(solver, step, carry, length, self.checkpoints)
+            carry, count = repeat_until_done(solver, step, carry, length, self.checkpoints, probe)
         else:
-            carry, count = _repeat_while(solver, step, carry, length, self.checkpoints)
+            carry, count = _repeat_while(solver, step, carry, length, self.checkpoints, probe)
         x, new_state = solver.finish(condition, carry)
         return x, new_state, count, count
 
@@ -105,12 +123,36 @@ def _repeat_while(
     carry: PyTree,
     max_steps: int,
     checkpoints: Checkpoints,
+    probe: Array | None,
 ) -> tuple[PyTree, Array]:
     """As many steps as the solver takes; their number is not known in advance."""
-    return checkpointed_while_loop(
-        lambda state: jnp.logical_not(solver.is_done(state[0])),
-        lambda state: (step(state[0]), state[1] + 1),
-        (carry, jnp.asarray(0, jnp.int32)),
+
+    def body(state: tuple) -> tuple:
+        x, *others, count = state
+        return *step((tap(x, probe), *others)), count + 1
+
+    *carry, count = _while_loop(
+        lambda state: jnp.logical_not(solver.is_done(state[:-1])),
+        body,
+        (*carry, jnp.asarray(0, jnp.int32)),
         max_steps=max_steps,
-        checkpoints=num_checkpoints(checkpoints, max_steps),
+        checkpoints=checkpoints,
+    )
+    return tuple(carry), count
+
+
+def _while_loop(
+    cond_fun: Callable,
+    body_fun: Callable,
+    init_val: PyTree,
+    *,
+    max_steps: int,
+    checkpoints: Checkpoints,
+) -> PyTree:
+    return checkpointed_while_loop(
+        cond_fun,
+        body_fun,
+        init_val,
+        max_steps=max_steps,
+        checkpoints=num_checkpoints(checkpoints, body_fun, init_val, max_steps),
     )
