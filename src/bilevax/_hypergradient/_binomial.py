@@ -1,6 +1,7 @@
 """A loop of known length that is differentiated from a given number of kept carries."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int, PyTree
 
 from .._tree import tree_zeros_like
-from ._explicit import explicit_step
+from ._explicit import ExplicitStep, explicit_step
 from ._probe import seen
 
 
@@ -53,59 +54,17 @@ def repeat_from_checkpoints(
 
     def backward(residuals: PyTree, cotangent: PyTree) -> PyTree:
         varying, fixed, kept, probe = residuals
-        adjoint, _ = cotangent
-        room = num_checkpoints - len(places)
-        kept = jtu.tree_map(lambda a: jnp.pad(a, [(0, room)] + [(0, 0)] * (a.ndim - 1)), kept)
-
-        def ahead(state: "_Unwinding") -> tuple[Array, Array]:
-            """Where the last kept carry is, and how far to go from it."""
-            place = state.places[state.top]
-            room = num_checkpoints - 1 - state.top
-            return place, _steps_ahead(reach, state.end - place, room)
-
-        def is_far(state: "_Unwinding") -> Array:
-            place, num_steps = ahead(state)
-            return place + num_steps < state.end - 1
-
-        def keep(state: "_Unwinding") -> "_Unwinding":
-            """Keep another carry, nearer to the end."""
-            place, num_steps = ahead(state)
-            carry = jtu.tree_map(lambda a: a[state.top], state.kept)
-            carry = _advance(explicit.apply, varying, fixed, carry, num_steps)
-            top = state.top + 1
-            kept = jtu.tree_map(lambda a, c: a.at[top].set(c), state.kept, carry)
-            places = state.places.at[top].set(place + num_steps)
-            return state._replace(kept=kept, places=places, top=top)
-
-        def transpose(state: "_Unwinding") -> "_Unwinding":
-            """The last step before the end is transposed."""
-            state = jax.lax.while_loop(is_far, keep, state)
-            place, num_steps = ahead(state)
-            carry = jtu.tree_map(lambda a: a[state.top], state.kept)
-            carry = _advance(explicit.apply, varying, fixed, carry, num_steps)
-            of_varying, adjoint = explicit.pull_back(varying, fixed, *carry, state.adjoint)
-            end, evidence = state.end - 1, state.evidence
-            if evidence is not None:
-                evidence = evidence + seen(adjoint[0], evidence.dtype)
-            return state._replace(
-                top=jnp.where(place == end, state.top - 1, state.top),
-                end=end,
-                adjoint=adjoint,
-                total=jtu.tree_map(jnp.add, state.total, of_varying),
-                evidence=evidence,
-            )
-
-        final = jax.lax.while_loop(
-            lambda state: state.end > 0,
-            transpose,
+        final = _unwind(
+            explicit,
+            varying,
+            fixed,
+            reach,
             _Unwinding(
-                kept=kept,
-                places=jnp.zeros(num_checkpoints, jnp.int32)
-                .at[: len(places)]
-                .set(jnp.asarray(places, jnp.int32)),
+                kept=jtu.tree_map(partial(_with_room, num_checkpoints), kept),
+                places=_with_room(num_checkpoints, jnp.asarray(places, jnp.int32)),
                 top=jnp.asarray(len(places) - 1, jnp.int32),
                 end=jnp.asarray(length, jnp.int32),
-                adjoint=adjoint,
+                adjoint=cotangent[0],
                 total=tree_zeros_like(varying),
                 evidence=None if probe is None else jnp.zeros_like(probe),
             ),
@@ -127,6 +86,59 @@ class _Unwinding(NamedTuple):
     adjoint: PyTree[Array]
     total: PyTree[Array]  # the adjoint of what the steps close over, so far
     evidence: Array | None
+
+
+def _unwind(
+    explicit: ExplicitStep, varying: PyTree, fixed: PyTree, reach: np.ndarray, start: _Unwinding
+) -> _Unwinding:
+    """All the way back."""
+    num_checkpoints = reach.shape[0] - 1
+
+    def ahead(state: _Unwinding) -> tuple[Array, Array]:
+        """Where the last kept carry is, and how far to go from it."""
+        place = state.places[state.top]
+        room = num_checkpoints - 1 - state.top
+        return place, _steps_ahead(reach, state.end - place, room)
+
+    def go_ahead(state: _Unwinding, num_steps: Array) -> PyTree:
+        carry = jtu.tree_map(lambda a: a[state.top], state.kept)
+        return _advance(explicit.apply, varying, fixed, carry, num_steps)
+
+    def is_far(state: _Unwinding) -> Array:
+        place, num_steps = ahead(state)
+        return place + num_steps < state.end - 1
+
+    def keep(state: _Unwinding) -> _Unwinding:
+        """Keep another carry, nearer to the end."""
+        place, num_steps = ahead(state)
+        carry, top = go_ahead(state, num_steps), state.top + 1
+        kept = jtu.tree_map(lambda a, c: a.at[top].set(c), state.kept, carry)
+        places = state.places.at[top].set(place + num_steps)
+        return state._replace(kept=kept, places=places, top=top)
+
+    def transpose(state: _Unwinding) -> _Unwinding:
+        """The last step before the end is transposed."""
+        state = jax.lax.while_loop(is_far, keep, state)
+        place, num_steps = ahead(state)
+        carry = go_ahead(state, num_steps)
+        of_varying, adjoint = explicit.pull_back(varying, fixed, *carry, state.adjoint)
+        end, evidence = state.end - 1, state.evidence
+        if evidence is not None:
+            evidence = evidence + seen(adjoint[0], evidence.dtype)
+        return state._replace(
+            top=jnp.where(place == end, state.top - 1, state.top),
+            end=end,
+            adjoint=adjoint,
+            total=jtu.tree_map(jnp.add, state.total, of_varying),
+            evidence=evidence,
+        )
+
+    return jax.lax.while_loop(lambda state: state.end > 0, transpose, start)
+
+
+def _with_room(num_checkpoints: int, a: Array) -> Array:
+    """`a` with a first axis of that length."""
+    return jnp.pad(a, [(0, num_checkpoints - a.shape[0])] + [(0, 0)] * (a.ndim - 1))
 
 
 def _advance(

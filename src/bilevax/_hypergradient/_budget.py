@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.extend.core import Var
 from jaxtyping import Array, PyTree
 
 from ._explicit import ExplicitStep, explicit_step
@@ -95,7 +96,7 @@ def residual_bytes(step: Callable[[PyTree], PyTree], carry: PyTree[Array]) -> in
         explicit.carry, explicit.rest, explicit.varying, explicit.fixed
     ).jaxpr
     invariant = {*jaxpr.invars[num_carried:], *jaxpr.constvars}
-    kept = {v for v in jaxpr.outvars if isinstance(v, jax.extend.core.Var)} - invariant
+    kept = {v for v in jaxpr.outvars if isinstance(v, Var)} - invariant
     return sum(_bytes(v.aval) for v in kept)
 
 

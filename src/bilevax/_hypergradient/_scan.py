@@ -21,8 +21,9 @@ _MOST_RESIDUALS = 4.0
 
 def check_checkpoints(checkpoints: Checkpoints) -> None:
     """Raise unless `checkpoints` is one of the policies."""
-    is_number = isinstance(checkpoints, int) and not isinstance(checkpoints, bool)
-    is_count = is_number and checkpoints >= 1
+    is_count = False
+    if isinstance(checkpoints, int) and not isinstance(checkpoints, bool):
+        is_count = checkpoints >= 1
     is_policy = isinstance(checkpoints, str) and checkpoints in ("sqrt", "all", "reversible")
     if not (is_count or is_policy or isinstance(checkpoints, MemoryBudget)):
         raise ValueError(

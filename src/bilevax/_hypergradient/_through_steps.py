@@ -126,7 +126,7 @@ def estimate_through(
     residual = tree_norm(problem.inner.residual(x, theta))
     result = RESULTS.where(tree_all_finite((value, grad)), RESULTS.successful, RESULTS.nonfinite)
     adjoint_growth = growth(*probe) if probe else None
-    if adjoint_growth is not None:
+    if max_growth is not None and adjoint_growth is not None:
         # before "nonfinite": an adjoint that overflows has exploded first
         result = RESULTS.where(adjoint_growth > max_growth, RESULTS.exploding, result)
     # Going back through a step recomputes it (one gradient) and transposes its derivative.

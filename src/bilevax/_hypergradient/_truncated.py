@@ -118,7 +118,7 @@ class Truncated(AbstractThroughSteps):
         probe: Array | None = None,
     ) -> Unrolling:
         if solver.is_fixed_length and solver.max_steps <= self.num_steps:
-            whole = Unrolled(None, self.checkpoints)
+            whole = Unrolled(checkpoints=self.checkpoints)
             return whole.unroll(condition, solver, x0, theta, state, probe)
         if isinstance(solver, Optimistix):
             _check_every_step_moves(solver.solver)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
-import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from .._inner._base import AbstractSteppingSolver

@@ -77,8 +77,8 @@ class AbstractInnerSolver(eqx.Module):
 class AbstractSteppingSolver(AbstractInnerSolver):
     """An inner solver that is a loop over `step`, and so can be unrolled.
 
-    The carry is a tuple of pytrees of arrays, the first of them `x`. Law: `solve` is `finish` of the carry after
-    repeating `step` until `is_done`, at most `max_steps` times.
+    The carry is a tuple of pytrees of arrays, the first of them `x`. Law: `solve` is
+    `finish` of the carry after repeating `step` until `is_done`, at most `max_steps` times.
     """
 
     max_steps: eqx.AbstractVar[int]
