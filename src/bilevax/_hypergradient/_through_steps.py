@@ -15,6 +15,7 @@ from .._results import RESULTS
 from .._tree import tree_all_finite, tree_dtype, tree_norm
 from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, no_evidence
 from ._implicit import or_fail
+from ._loops import differentiable_loops
 from ._probe import growth, new_probe, tap_end
 from ._scan import Checkpoints, repeat
 
@@ -156,6 +157,7 @@ def repeat_until_done(
     probe: Array | None = None,
 ) -> tuple[PyTree, Array]:
     """`length` steps of a scan; those after the solver is done change nothing."""
+    step = differentiable_loops(step, carry)
     if solver.is_fixed_length:
         return repeat(step, carry, length, checkpoints, probe), jnp.asarray(length, jnp.int32)
 

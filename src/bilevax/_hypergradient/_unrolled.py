@@ -10,6 +10,7 @@ from .._inner._base import AbstractSteppingSolver
 from .._inner._optimistix import check_positive
 from .._problem import AbstractCondition, start_at
 from .._tree import checkpointed_while_loop, stop_gradient
+from ._loops import differentiable_loops
 from ._probe import MAX_GROWTH, check_growth, tap
 from ._scan import Checkpoints, check_checkpoints, num_checkpoints
 from ._through_steps import AbstractThroughSteps, Unrolling, repeat_until_done
@@ -125,6 +126,7 @@ def _repeat_while(
     probe: Array | None,
 ) -> tuple[PyTree, Array]:
     """As many steps as the solver takes; their number is not known in advance."""
+    step = differentiable_loops(step, carry)
 
     def body(state: tuple) -> tuple:
         x, *others, count = state

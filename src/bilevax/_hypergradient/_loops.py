@@ -1,0 +1,29 @@
+"""Reverse mode through steps that contain loops of unknown length."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from .._inner._rewrite import rewrite, while_parts
+from .._tree import checkpointed_while_loop
+
+# Carries kept of one such loop. A line search takes a few steps and a linear solve by CG
+# rarely more than 100, whose states are recomputed at most three times from 16.
+_NUM_CHECKPOINTS = 16
+
+
+def differentiable_loops(step: Callable[[PyTree], PyTree], carry: PyTree) -> Callable:
+    """`step`, its `while` loops replaced by checkpointed ones; `step` itself if it has none.
+
+    JAX has no reverse mode for a loop of unknown length, and a checkpointed one no forward
+    mode. The values are those of `step`. Loops that carry no floating-point numbers stay.
+    """
+    return rewrite(step, {"while": _checkpointed}, carry)
+
+
+def _checkpointed(run: Callable, params: dict, operands: list) -> list | None:
+    keep_going, body, start = while_parts(run, params, operands)
+    if not any(jnp.issubdtype(x.dtype, jnp.inexact) for x in start):
+        return None
+    return checkpointed_while_loop(keep_going, body, start, checkpoints=_NUM_CHECKPOINTS)
