@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -12,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int, PyTree
 
 from .._tree import tree_zeros_like
-from ._explicit import ExplicitStep, explicit_step
+from ._explicit import State, WayBack, repeat_with_way_back
 from ._probe import seen
 
 
@@ -33,47 +32,32 @@ def repeat_from_checkpoints(
 
     Reference: Griewank, Walther, "Algorithm 799: revolve", 2000, section 2.
     """
-    explicit = explicit_step(step, carry)
     reach = _reach_table(length, num_checkpoints)
     places = _first_places(reach, length, num_checkpoints)
 
-    @jax.custom_vjp
-    def run(varying: PyTree, fixed: PyTree, carry: PyTree, rest: PyTree, probe: PyTree) -> PyTree:
-        del probe
-        return _advance(explicit.apply, varying, fixed, (carry, rest), length)
+    def run(apply: Callable, state: State) -> State:
+        return _advance(apply, state, length)
 
-    def forward(
-        varying: PyTree, fixed: PyTree, carry: PyTree, rest: PyTree, probe: PyTree
-    ) -> tuple[PyTree, PyTree]:
-        def segment(state: PyTree, length: Array) -> tuple[PyTree, PyTree]:
-            return _advance(explicit.apply, varying, fixed, state, length), state
-
+    def forward(steps: WayBack, state: State) -> tuple[State, PyTree]:
         lengths = jnp.asarray(np.diff([*places, length]), jnp.int32)
-        final, kept = jax.lax.scan(segment, (carry, rest), lengths)
-        return final, (varying, fixed, kept, probe)
+        return jax.lax.scan(lambda s, n: (_advance(steps.apply, s, n), s), state, lengths)
 
-    def backward(residuals: PyTree, cotangent: PyTree) -> PyTree:
-        varying, fixed, kept, probe = residuals
-        final = _unwind(
-            explicit,
-            varying,
-            fixed,
-            reach,
-            _Unwinding(
-                kept=jtu.tree_map(partial(_with_room, num_checkpoints), kept),
-                places=_with_room(num_checkpoints, jnp.asarray(places, jnp.int32)),
-                top=jnp.asarray(len(places) - 1, jnp.int32),
-                end=jnp.asarray(length, jnp.int32),
-                adjoint=cotangent[0],
-                total=tree_zeros_like(varying),
-                evidence=None if probe is None else jnp.zeros_like(probe),
-            ),
+    def backward(
+        steps: WayBack, kept: PyTree, adjoint: PyTree, probe: Array | None
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        start = _Unwinding(
+            kept=jtu.tree_map(partial(_with_room, num_checkpoints), kept),
+            places=_with_room(num_checkpoints, jnp.asarray(places, jnp.int32)),
+            top=jnp.asarray(len(places) - 1, jnp.int32),
+            end=jnp.asarray(length, jnp.int32),
+            adjoint=adjoint,
+            total=tree_zeros_like(steps.moving),
+            evidence=None if probe is None else jnp.zeros_like(probe),
         )
-        return final.total, None, final.adjoint, None, final.evidence
+        final = _unwind(steps, reach, start)
+        return final.total, final.adjoint, final.evidence
 
-    run.defvjp(forward, backward)
-    out, rest = run(explicit.varying, explicit.fixed, explicit.carry, explicit.rest, probe)
-    return eqx.combine(out, rest)
+    return repeat_with_way_back(step, carry, run, forward, backward, probe)
 
 
 class _Unwinding(NamedTuple):
@@ -84,13 +68,11 @@ class _Unwinding(NamedTuple):
     top: Int[Array, ""]
     end: Int[Array, ""]
     adjoint: PyTree[Array]
-    total: PyTree[Array]  # the adjoint of what the steps close over, so far
+    total: PyTree[Array]  # the adjoint of theta, so far
     evidence: Array | None
 
 
-def _unwind(
-    explicit: ExplicitStep, varying: PyTree, fixed: PyTree, reach: np.ndarray, start: _Unwinding
-) -> _Unwinding:
+def _unwind(steps: WayBack, reach: np.ndarray, start: _Unwinding) -> _Unwinding:
     """All the way back."""
     num_checkpoints = reach.shape[0] - 1
 
@@ -101,8 +83,8 @@ def _unwind(
         return place, _steps_ahead(reach, state.end - place, room)
 
     def go_ahead(state: _Unwinding, num_steps: Array) -> PyTree:
-        carry = jtu.tree_map(lambda a: a[state.top], state.kept)
-        return _advance(explicit.apply, varying, fixed, carry, num_steps)
+        kept = jtu.tree_map(lambda a: a[state.top], state.kept)
+        return _advance(steps.apply, kept, num_steps)
 
     def is_far(state: _Unwinding) -> Array:
         place, num_steps = ahead(state)
@@ -121,7 +103,7 @@ def _unwind(
         state = jax.lax.while_loop(is_far, keep, state)
         place, num_steps = ahead(state)
         carry = go_ahead(state, num_steps)
-        of_varying, adjoint = explicit.pull_back(varying, fixed, *carry, state.adjoint)
+        of_moving, adjoint = steps.pull_back(carry, state.adjoint)
         end, evidence = state.end - 1, state.evidence
         if evidence is not None:
             evidence = evidence + seen(adjoint[0], evidence.dtype)
@@ -129,7 +111,7 @@ def _unwind(
             top=jnp.where(place == end, state.top - 1, state.top),
             end=end,
             adjoint=adjoint,
-            total=jtu.tree_map(jnp.add, state.total, of_varying),
+            total=jtu.tree_map(jnp.add, state.total, of_moving),
             evidence=evidence,
         )
 
@@ -141,10 +123,8 @@ def _with_room(num_checkpoints: int, a: Array) -> Array:
     return jnp.pad(a, [(0, num_checkpoints - a.shape[0])] + [(0, 0)] * (a.ndim - 1))
 
 
-def _advance(
-    apply: Callable, varying: PyTree, fixed: PyTree, state: PyTree, num_steps: Array | int
-) -> PyTree:
-    return jax.lax.fori_loop(0, num_steps, lambda _, s: apply(varying, fixed, *s), state)
+def _advance(apply: Callable[[State], State], state: State, num_steps: Array | int) -> State:
+    return jax.lax.fori_loop(0, num_steps, lambda _, s: apply(s), state)
 
 
 # With c kept carries, the one at the start among them, and r passes over each step after

@@ -1,7 +1,7 @@
 """A limit in bytes for what unrolling keeps, and what a loop would need."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jax.extend.core import Var
 from jaxtyping import Array, PyTree
 
-from ._explicit import ExplicitStep, explicit_step
+from ._explicit import ExplicitStep, State, explicit_step
 
 # The carry, its adjoint and the copy that a loop makes of each.
 _CARRIES_IN_USE = 4
@@ -85,31 +85,38 @@ def residual_bytes(step: Callable[[PyTree], PyTree], carry: PyTree[Array]) -> in
     """
     explicit = explicit_step(step, carry)
 
-    def residuals(carry: PyTree, rest: PyTree, varying: PyTree, fixed: PyTree) -> list:
+    def residuals(state: State, varying: PyTree, fixed: PyTree) -> list:
+        carry, rest = state
         _, transpose, _ = jax.vjp(
-            lambda v, c: explicit.apply(v, fixed, c, rest), varying, carry, has_aux=True
+            lambda v, c: explicit.apply(v, fixed, (c, rest)), varying, carry, has_aux=True
         )
         return [leaf for leaf in jtu.tree_leaves(transpose) if eqx.is_array(leaf)]
 
-    num_carried = len(jtu.tree_leaves((explicit.carry, explicit.rest)))
-    jaxpr = jax.make_jaxpr(residuals)(
-        explicit.carry, explicit.rest, explicit.varying, explicit.fixed
-    ).jaxpr
-    invariant = {*jaxpr.invars[num_carried:], *jaxpr.constvars}
-    kept = {v for v in jaxpr.outvars if isinstance(v, Var)} - invariant
+    traced: Any = jax.make_jaxpr(residuals)(explicit.state, explicit.varying, explicit.fixed)
+    num_carried = len(jtu.tree_leaves(explicit.state))
+    invariant = {*traced.jaxpr.invars[num_carried:], *traced.jaxpr.constvars}
+    kept = {v for v in traced.jaxpr.outvars if isinstance(v, Var)} - invariant
     return sum(_bytes(v.aval) for v in kept)
 
 
-def _bytes(array: Array) -> int:
+def _bytes(array: Any) -> int:
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         return 8 * array.size
     return array.size * array.dtype.itemsize
 
 
 def _workspace(explicit: ExplicitStep) -> int:
-    """The working memory of one step back."""
-    arguments = (explicit.varying, explicit.fixed, explicit.carry, explicit.rest, explicit.carry)
+    """The working memory of one step back, the gradient it adds to included."""
+
+    def pull_back(varying: PyTree, fixed: PyTree, state: State, adjoint: PyTree) -> PyTree:
+        carry, rest = state
+        _, transpose, _ = jax.vjp(
+            lambda v, c: explicit.apply(v, fixed, (c, rest)), varying, carry, has_aux=True
+        )
+        return transpose(adjoint)
+
+    arguments = (explicit.varying, explicit.fixed, explicit.state, explicit.state[0])
     shapes = jtu.tree_map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)
-    analysis = jax.jit(explicit.pull_back).lower(*shapes).compile().memory_analysis()
+    analysis = jax.jit(pull_back).lower(*shapes).compile().memory_analysis()
     # a backend may not say
-    return 0 if analysis is None else analysis.temp_size_in_bytes + num_bytes(explicit.varying)
+    return 0 if analysis is None else analysis.temp_size_in_bytes

@@ -1,40 +1,49 @@
-"""A step with everything it depends on as an argument, for derivative rules of loops."""
+"""Derivative rules of our own for loops: a step with all that it depends on as arguments."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, PyTree
 
 from .._tree import standard_promotion
 
+# In this file a carry is in two parts: its floating-point arrays, which have an adjoint,
+# and the rest (counts, keys, labels).
+State = tuple[PyTree, PyTree]
+
 
 class ExplicitStep(NamedTuple):
-    """`step(carry)`, taken apart.
+    """`step`, and the state it starts from, taken apart.
 
-    Law: `apply(varying, fixed, carry, rest)` is the new `(carry, rest)`, and nothing else
-    is differentiated than `varying` (floating-point arrays that the step closed over: theta,
-    data, a learning rate) and `carry` (those of the carry); `fixed` and `rest` are the other
-    arrays: counts, keys, labels.
+    Law: `apply(varying, fixed, state)` is the new state. `varying` are the floating-point
+    arrays that the step closed over (theta, data, a learning rate), `fixed` the others.
     """
 
-    apply: Callable[[PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+    apply: Callable[[PyTree, PyTree, State], State]
     varying: PyTree[Array]
     fixed: PyTree[Array]
-    carry: PyTree[Array]
-    rest: PyTree[Array]
+    state: State
 
-    def pull_back(
-        self, varying: PyTree, fixed: PyTree, carry: PyTree, rest: PyTree, adjoint: PyTree
-    ) -> tuple[PyTree, PyTree]:
-        """The adjoint of a step: of what it closed over, and of its carry."""
 
-        def differentiable(varying: PyTree, carry: PyTree) -> tuple[PyTree, PyTree]:
-            return self.apply(varying, fixed, carry, rest)
+class WayBack(NamedTuple):
+    """What a way back needs beside the states that were kept.
 
-        _, transpose, _ = jax.vjp(differentiable, varying, carry, has_aux=True)
-        return transpose(adjoint)
+    - `apply(state)`: the step.
+    - `pull_back(state, adjoint)`: the adjoint of the step's `moving` and of its carry.
+    - `push_forward(state, tangent, direction)`: the step, and the tangent of its carry.
+    - `moving`: what is differentiated of all that the step closed over. Theta, but not the
+        data, whose adjoint would be as large as they are.
+    """
+
+    apply: Callable[[State], State]
+    pull_back: Callable[[State, PyTree], tuple[PyTree, PyTree]]
+    push_forward: Callable[[State, PyTree, PyTree], tuple[State, PyTree]]
+    moving: PyTree[Array]
 
 
 def explicit_step(step: Callable[[PyTree], PyTree], carry: PyTree[Array]) -> ExplicitStep:
@@ -42,12 +51,103 @@ def explicit_step(step: Callable[[PyTree], PyTree], carry: PyTree[Array]) -> Exp
     converted = eqx.filter_closure_convert(step, carry)
     varying, others = eqx.partition(converted, eqx.is_inexact_array)
     fixed, static = eqx.partition(others, eqx.is_array)
-    start, rest = eqx.partition(carry, eqx.is_inexact_array)
 
-    def apply(varying: PyTree, fixed: PyTree, carry: PyTree, rest: PyTree) -> tuple:
+    def apply(varying: PyTree, fixed: PyTree, state: State) -> State:
         whole: Any = eqx.combine(varying, fixed, static)
         with standard_promotion():  # the step may have been traced under it, for Optax
-            out = whole(eqx.combine(carry, rest))
+            out = whole(eqx.combine(*state))
         return eqx.partition(out, eqx.is_inexact_array)
 
-    return ExplicitStep(apply, varying, fixed, start, rest)
+    return ExplicitStep(apply, varying, fixed, eqx.partition(carry, eqx.is_inexact_array))
+
+
+def repeat_with_way_back(
+    step: Callable[[PyTree], PyTree],
+    carry: PyTree[Array],
+    run: Callable[[Callable[[State], State], State], State],
+    forward: Callable[[WayBack, State], tuple[State, PyTree]],
+    backward: Callable[[WayBack, PyTree, PyTree, Array | None], tuple[PyTree, PyTree, PyTree]],
+    probe: Array | None,
+) -> PyTree[Array]:
+    """A loop over `step` with a reverse mode of its own.
+
+    - `run(apply, state)`: the last state.
+    - `forward(steps, state)`: the same, and what is kept for the way back.
+    - `backward(steps, kept, adjoint, probe)`: the adjoint of `steps.moving`, of the first
+        carry, and what is to be reported through `probe` (see `_probe.py`).
+    """
+    explicit = explicit_step(step, carry)
+
+    @jax.custom_vjp
+    def loop(varying: PyTree, fixed: PyTree, state: State, probe: Array | None) -> State:
+        del probe
+        return run(lambda state: explicit.apply(varying, fixed, state), state)
+
+    def loop_forward(*args: PyTree) -> tuple[State, PyTree]:
+        varying, fixed, state, probe = _values(args)
+        is_moving = _Flags(tuple(leaf.perturbed for leaf in _primals(args[0])))
+        final, kept = forward(_way_back(explicit, varying, fixed, is_moving), state)
+        return final, (varying, fixed, kept, probe, is_moving)
+
+    def loop_backward(residuals: PyTree, cotangent: State) -> tuple:
+        varying, fixed, kept, probe, is_moving = residuals
+        steps = _way_back(explicit, varying, fixed, is_moving)
+        adjoint = jtu.tree_map(_materialise, cotangent[0], is_leaf=_is_symbolic)
+        of_moving, of_carry, evidence = backward(steps, kept, adjoint, probe)
+        return of_moving, None, (of_carry, None), evidence
+
+    loop.defvjp(loop_forward, loop_backward, symbolic_zeros=True)
+    return eqx.combine(*loop(explicit.varying, explicit.fixed, explicit.state, probe))
+
+
+class _Flags(eqx.Module):
+    """For every array that varies, whether it is differentiated."""
+
+    flags: tuple[bool, ...] = eqx.field(static=True)
+
+
+def _way_back(explicit: ExplicitStep, varying: PyTree, fixed: PyTree, is_moving: _Flags) -> WayBack:
+    structure = jtu.tree_structure(varying)
+    moving, still = eqx.partition(varying, jtu.tree_unflatten(structure, is_moving.flags))
+
+    def differentiable(moving: PyTree, state: State) -> State:
+        return explicit.apply(eqx.combine(moving, still), fixed, state)
+
+    def pull_back(state: State, adjoint: PyTree) -> tuple[PyTree, PyTree]:
+        carry, rest = state
+        _, transpose, _ = jax.vjp(
+            lambda m, c: differentiable(m, (c, rest)), moving, carry, has_aux=True
+        )
+        return transpose(adjoint)
+
+    def push_forward(state: State, tangent: PyTree, direction: PyTree) -> tuple[State, PyTree]:
+        carry, rest = state
+        new, new_tangent, new_rest = jax.jvp(
+            lambda m, c: differentiable(m, (c, rest)),
+            (moving, carry),
+            (direction, tangent),
+            has_aux=True,
+        )
+        return (new, new_rest), new_tangent
+
+    return WayBack(lambda state: differentiable(moving, state), pull_back, push_forward, moving)
+
+
+def _primals(tree: PyTree) -> list:
+    return jtu.tree_leaves(tree, is_leaf=_is_primal)
+
+
+def _values(tree: PyTree) -> PyTree:
+    return jtu.tree_map(lambda leaf: leaf.value, tree, is_leaf=_is_primal)
+
+
+def _is_primal(leaf: Any) -> bool:
+    return hasattr(leaf, "perturbed")
+
+
+def _is_symbolic(leaf: Any) -> bool:
+    return isinstance(leaf, SymbolicZero)
+
+
+def _materialise(leaf: Any) -> Array:
+    return jnp.zeros(leaf.shape, leaf.dtype) if _is_symbolic(leaf) else leaf
