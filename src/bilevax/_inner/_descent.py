@@ -68,7 +68,7 @@ class Descent(AbstractSteppingSolver):
         Minibatches, and one weight per example, `theta[index]` in the inner function:
 
         ```python
-        import jax, jax.numpy as jnp
+        import bilevax as bx, jax, jax.numpy as jnp, optax
 
         def inner(x, theta, batch):
             errors = batch["features"] @ x - batch["targets"]
