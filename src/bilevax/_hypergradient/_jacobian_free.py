@@ -1,0 +1,114 @@
+"""Jacobian-free backpropagation: the identity in place of the inner Jacobian."""
+
+from collections.abc import Callable
+
+from jaxtyping import Array, PyTree, Scalar
+
+from .._inner._base import AbstractInnerSolver
+from .._linear._common import check_step_size
+from .._problem import AbstractCondition, Bilevel, FixedPoint, Root
+from ._base import AbstractHypergradient, Estimate, HypergradientState
+from ._implicit import Implicit
+from ._series import StepSeries, apply_series, estimate_by_series, solution_by_series
+
+
+class JacobianFree(AbstractHypergradient):
+    """The hypergradient with the inner Jacobian replaced by a multiple of the identity.
+
+        grad = d_theta L - B^T v,    v = step_size d_x L
+
+    For a fixed point `I - T_x` is replaced by `I` (`step_size=1`): JFB. For a minimum the
+    Hessian is replaced by `I / step_size`: T1-T2, in whose paper it is 1. It is a property
+    of the problem and not of the solver, which `OneStep` asks for its step.
+
+    **Arguments:**
+
+    - `step_size`: by default 1 for a fixed point, and for a minimum one over the largest
+        eigenvalue of the Hessian, measured by ten products.
+
+    What is differentiated: theta in the two objectives, or in the map.
+
+    **Returns** (in `estimate`): `adjoint_residual` and `error_estimate` as in `KStep`.
+    Where the map does not contract or the step is too large, so that the residual exceeds
+    that of `v = 0`, the outcome is `diverged`.
+
+    **Cost:** one cross product, and one more for the error estimate. No memory.
+
+    **Exact when** never. A descent direction if the map contracts fast enough: the relative
+    error of `v` is at most `rho`, its contraction factor.
+
+    !!! example
+
+        ```python
+        import bilevax as bx
+
+        rule = bx.JacobianFree()
+        ```
+
+    Reference: Fung et al., "JFB: Jacobian-free backpropagation for implicit networks", 2022,
+    eq. (14); Luketina et al., "Scalable gradient-based tuning of continuous regularization
+    hyperparameters", 2016, section 2.2.
+    """
+
+    step_size: float | Scalar | None = None
+
+    def __check_init__(self) -> None:
+        check_step_size("JacobianFree", self.step_size)
+
+    @property
+    def differentiates_start(self) -> bool:
+        return False
+
+    def init(
+        self, problem: Bilevel, inner_solver: AbstractInnerSolver, x0: PyTree, theta: PyTree
+    ) -> HypergradientState:
+        return Implicit().init(problem, inner_solver, x0, theta)
+
+    def estimate(
+        self,
+        problem: Bilevel,
+        inner_solver: AbstractInnerSolver,
+        x0: PyTree,
+        theta: PyTree,
+        state: HypergradientState,
+    ) -> tuple[Estimate, HypergradientState]:
+        series = self._series(problem.inner)
+        return estimate_by_series(series, problem, inner_solver, x0, theta, state)
+
+    def solution(
+        self,
+        condition: AbstractCondition,
+        inner_solver: AbstractInnerSolver,
+        x0: PyTree,
+        theta: PyTree,
+        throw: bool,
+    ) -> PyTree[Array]:
+        series = self._series(condition)
+        return solution_by_series(series, condition, inner_solver, x0, theta, throw)
+
+    def apply(
+        self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
+    ) -> PyTree[Array]:
+        del tags
+        if rewrite_fn.__module__.endswith("._root_find"):
+            _refuse_root()
+        series = self._of_step(rewrite_fn.__module__.endswith("._fixed_point"))
+        return apply_series(series, primal_fn, rewrite_fn, inputs)
+
+    def _series(self, condition: AbstractCondition) -> StepSeries:
+        if isinstance(condition, Root):
+            _refuse_root()
+        return self._of_step(isinstance(condition, FixedPoint))
+
+    def _of_step(self, is_fixed_point: bool) -> StepSeries:
+        is_default = self.step_size is None and is_fixed_point
+        return StepSeries(1, 1.0 if is_default else self.step_size, is_equation=False)
+
+
+def _refuse_root() -> None:
+    raise TypeError(
+        "`JacobianFree` takes the derivative of x - T(x) for the identity, and that of an "
+        "equation may be anything, its sign included: state the inner problem as "
+        "bx.FixedPoint(step), or use bx.KStep(...) or bx.Implicit(). (optx.fixed_point with a "
+        "root finder solves an equation, too: give it optx.FixedPointIteration(...).)"
+    )

@@ -1,0 +1,205 @@
+"""K more steps of the inner solver itself, after its result."""
+
+from collections.abc import Callable
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import Array, PyTree
+
+from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, run
+from .._inner._descent import Descent
+from .._inner._optimistix import Optimistix
+from .._problem import AbstractCondition, Bilevel, start_at
+from .._results import RESULTS
+from .._tree import lax_while_loop, stop_gradient, tree_all_finite, tree_norm
+from ._base import Estimate, HypergradientState, as_stats, no_evidence
+from ._implicit import or_fail
+from ._scan import repeat
+from ._series import MOST_LEFT, geometric_remainder
+
+Step = Callable[[PyTree], PyTree]
+
+# Every step of these moves x by a smooth function of x and theta: no trial is rejected, and
+# none only evaluates. The carry of Optimistix' loop and of ours begins with x.
+_OWN = (optx.OptaxMinimiser, optx.Newton, optx.Chord)
+
+
+def has_own_steps(solver: AbstractInnerSolver | optx.AbstractIterativeSolver) -> bool:
+    """Whether more of its own steps can be taken, and differentiated."""
+    solver = solver.solver if isinstance(solver, Optimistix) else solver
+    return isinstance(unwrapped(solver), (Descent, *_OWN))
+
+
+def unwrapped(solver: object) -> object:
+    """The solver inside Optimistix' adapters from one kind of problem to another."""
+    name = type(solver).__name__
+    return getattr(solver, "solver", solver) if name in ("_MinimToRoot", "_LstsqToRoot") else solver
+
+
+def estimate_by_steps(
+    num_steps: int,
+    problem: Bilevel,
+    solver: AbstractSteppingSolver,
+    x0: PyTree,
+    theta: PyTree,
+    state: HypergradientState,
+) -> tuple[Estimate, HypergradientState]:
+    """The hypergradient through K more steps, and what the steps before would add."""
+    condition = problem.inner
+    # 1. the solver's own result, a constant
+    solver, carry, count = run_to_end(condition, solver, x0, theta, state.inner)
+    start, rest = carry[0], carry[1:]
+
+    def after(num_steps: int, theta: PyTree, x: PyTree) -> PyTree:
+        step = partial(solver.step, condition, theta)
+        return repeat(step, (x, *rest), num_steps, "sqrt")
+
+    # 2. K steps from there; their derivative in the start is the adjoint that is left
+    def truncated_problem(theta: PyTree, x: PyTree) -> tuple[Array, tuple]:
+        x, inner_state = solver.finish(condition, after(num_steps, theta, x))
+        value, aux = problem.outer_value(x, theta)
+        return value, (aux, x, inner_state)
+
+    fn = jax.value_and_grad(truncated_problem, argnums=(0, 1), has_aux=True)
+    (value, (aux, x, inner_state)), (grad, left) = fn(theta, start)
+    # 3. one step further back, which is the first one left out
+    _, pull = jax.vjp(lambda theta, x: after(1, theta, x)[0], theta, start)
+    term, further = pull(left)
+    b = jax.grad(lambda x: problem.outer_value(x, theta)[0])(x)
+    residual = tree_norm(condition.residual(x, theta))
+    is_finite = tree_all_finite((value, grad))
+    evidence = no_evidence(value, residual)
+    evidence |= {
+        "adjoint_residual": what_is_left(left, b),
+        "error_estimate": geometric_remainder(term, left, further),
+    }
+    estimate = Estimate(
+        value=value,
+        grad=grad,
+        aux=aux,
+        x=x,
+        v=None,
+        inner_residual=residual,
+        inner_tolerance=jnp.full_like(residual, jnp.inf),
+        result=RESULTS.where(is_finite, steps_outcome(left, b), RESULTS.nonfinite),
+        stats=as_stats(
+            Counts(count + 2 * num_steps + 3, num_steps + 1, num_steps + 1), count + num_steps, 0
+        ),
+        **evidence,
+    )
+    return estimate, HypergradientState(x, state.v, inner_state)
+
+
+def solution_by_steps(
+    num_steps: int,
+    condition: AbstractCondition,
+    solver: AbstractSteppingSolver,
+    x0: PyTree,
+    theta: PyTree,
+    throw: bool,
+) -> PyTree[Array]:
+    """`x` after K more steps, differentiable in theta and the arrays of `condition`."""
+    fixed_condition, fixed_theta = stop_gradient((condition, theta))
+    state = solver.init(fixed_condition, stop_gradient(start_at(x0, theta)), fixed_theta)
+    solver, carry, _ = run_to_end(condition, solver, x0, theta, state)
+    step = partial(solver.step, condition, theta)
+    fixed_step = partial(solver.step, fixed_condition, fixed_theta)
+    x, _ = solver.finish(condition, take_steps(step, fixed_step, carry, num_steps, throw))
+    result = RESULTS.where(tree_all_finite(x), RESULTS.successful, RESULTS.nonfinite)
+    return or_fail(x, result, throw)
+
+
+def apply_steps(
+    num_steps: int, primal_fn: Callable, inputs: PyTree, *, keep_x: bool = False
+) -> PyTree[Array]:
+    """An Optimistix solve with K more turns of its own loop.
+
+    With `keep_x` they move only the derivative of x.
+    """
+    body, carry = loop_at_end(primal_fn, inputs)
+
+    def more_steps(cond_fun: Callable, body_fun: Step, init_val: PyTree, **_: object) -> PyTree:
+        del cond_fun, init_val
+        x = take_steps(body_fun, body, carry, num_steps, True)[0]
+        # The evidence is that of the solve.
+        return (derivative_of(x, carry[0]) if keep_x else x, *carry[1:])
+
+    return primal_fn((*inputs, more_steps))
+
+
+def loop_at_end(primal_fn: Callable, inputs: PyTree) -> tuple[Step, PyTree]:
+    """The step of an Optimistix solve and its last carry, both as constants.
+
+    `primal_fn` is a loop over steps that hands its `while_loop` everything but the inputs.
+    """
+    seen: list[tuple[Step, PyTree]] = []
+
+    def find_end(cond_fun: Callable, body_fun: Step, init_val: PyTree, **options: int) -> PyTree:
+        final = stop_gradient(lax_while_loop(cond_fun, body_fun, init_val, **options))
+        seen.append((body_fun, final))
+        return final
+
+    primal_fn((*stop_gradient(inputs), find_end))
+    return seen[0]
+
+
+def run_to_end(
+    condition: AbstractCondition,
+    solver: AbstractSteppingSolver,
+    x0: PyTree,
+    theta: PyTree,
+    state: PyTree,
+) -> tuple[AbstractSteppingSolver, PyTree, Array]:
+    """The solver without its stopping test, its last carry as a constant, the steps taken."""
+    condition, theta, state = stop_gradient((condition, theta, state))
+    carry = solver.start(condition, stop_gradient(start_at(x0, theta)), theta, state)
+    carry, count = run(solver, condition, theta, carry)
+    carry = stop_gradient(carry)
+    if isinstance(solver, Descent) and not solver.is_fixed_length:
+        # A step that finds itself at the tolerance is none: it leaves x where it is, and
+        # its derivative says that theta has no influence.
+        solver = eqx.tree_at(
+            lambda s: (s.rtol, s.atol), solver, (None, None), is_leaf=lambda leaf: leaf is None
+        )
+        carry = carry[:2]
+    return solver, carry, count
+
+
+def take_steps(step: Step, fixed_step: Step, carry: PyTree, num_steps: int, throw: bool) -> PyTree:
+    """`num_steps` steps. On the way back their growth is measured, with `fixed_step`."""
+    end = repeat(step, carry, num_steps, "sqrt")
+
+    def check(_: Callable, b: PyTree) -> PyTree:
+        def fixed_end(x: PyTree) -> PyTree:
+            return repeat(fixed_step, (x, *carry[1:]), num_steps, "sqrt")[0]
+
+        (left,) = jax.vjp(fixed_end, carry[0])[1](b)
+        return or_fail(b, steps_outcome(left, b), throw)
+
+    # An identity, which custom_linear_solve lets have a transpose of its own and, unlike a
+    # custom_vjp, a jvp.
+    x = jax.lax.custom_linear_solve(lambda u: u, end[0], lambda _, b: b, check)
+    return (x, *end[1:])
+
+
+def derivative_of(moved: PyTree, x: PyTree) -> PyTree:
+    """`x`, with the derivative of `moved`."""
+    return jtu.tree_map(lambda m, a: a + (m - jax.lax.stop_gradient(m)), moved, x)
+
+
+def what_is_left(left: PyTree, b: PyTree) -> Array:
+    """`||left|| / ||b||`, zero if `b` is zero."""
+    norm = tree_norm(b)
+    return tree_norm(left) / jnp.where(norm > 0, norm, 1)
+
+
+def steps_outcome(left: PyTree, b: PyTree) -> RESULTS:
+    """`diverged` if the adjoint grows on its way back."""
+    grows = what_is_left(left, b) > MOST_LEFT
+    result = RESULTS.where(grows, RESULTS.diverged, RESULTS.successful)
+    finite = tree_all_finite(jtu.tree_leaves((left, b)))
+    return RESULTS.where(finite, result, RESULTS.nonfinite)

@@ -1,0 +1,233 @@
+"""K steps at a solution, where the steps are those of a gradient, a map or an equation."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree, Scalar
+
+from .._inner._base import AbstractInnerSolver, Counts
+from .._linear import LinearSolution, Neumann, verify
+from .._linear._base import AbstractIterativeLinearSolver
+from .._linear._common import find_step_size
+from .._problem import AbstractCondition, Bilevel, start_at
+from .._results import RESULTS, first_failure
+from .._tree import (
+    lax_while_loop,
+    stop_gradient,
+    tree_all_finite,
+    tree_dtype,
+    tree_norm,
+    tree_scale,
+    tree_sub,
+    tree_zeros_like,
+)
+from ._base import Estimate, HypergradientState, as_stats, no_evidence
+from ._evidence import dual_value
+from ._implicit import is_gradient, or_fail
+from ._implicit_function import attach_derivative
+from ._linearise import linearise, outer_at
+
+# A residual above this is worse than no answer at all, which has one.
+MOST_LEFT = 1.1
+
+
+class StepSeries(AbstractIterativeLinearSolver):
+    """The adjoint of K steps `x - s F(x)`, or `x - s F'^T F(x)` for an equation.
+
+    The first is `Neumann`. The second is Neumann's series of the normal equations,
+    `v = s A sum_{j < K} (I - s A^T A)^j b`, where `matvec` is the product with `A^T`.
+
+    Unlike that of `Neumann` a measured step does not depend on `b`: the answer is linear
+    in it, so that a jvp and a vjp are derivatives of one function. What diverges after one
+    step already is seen, too, since the residual is measured.
+    """
+
+    num_terms: int
+    step_size: float | Scalar | None
+    is_equation: bool
+
+    def measured(self, matvec: Callable[[PyTree], PyTree], like: PyTree) -> "StepSeries":
+        """With the step size that the curvature allows, if none was given."""
+        if self.step_size is not None:
+            return self
+        # From a fixed pattern of signs: see largest_eigenvalue.
+        start = tree_zeros_like(like)
+        step_size, _ = find_step_size(None, self._normal(matvec, like)[0], start)
+        return StepSeries(self.num_terms, step_size, self.is_equation)
+
+    def solve(
+        self,
+        matvec: Callable[[PyTree], PyTree],
+        b: PyTree[Array],
+        v0: PyTree[Array] | None = None,
+        preconditioner: Callable[[PyTree], PyTree] | None = None,
+    ) -> LinearSolution:
+        del v0, preconditioner
+        series = self.measured(matvec, b)
+        product, transposed = self._normal(matvec, b)
+        right_hand_side = transposed(b) if self.is_equation else b
+        solution = Neumann(self.num_terms, series.step_size).solve(product, right_hand_side)
+        # Whoever verifies again computes the same product, which the compiler drops.
+        checked = verify(solution, b, matvec(solution.value))
+        is_worse = (checked.result == RESULTS.successful) & (checked.residual > MOST_LEFT)
+        result = RESULTS.where(is_worse, RESULTS.diverged, checked.result)
+        return eqx.tree_at(
+            lambda s: (s.residual, s.result, s.num_products),
+            solution,
+            (checked.residual, result, self._num_products(solution.num_products)),
+        )
+
+    def _normal(
+        self, matvec: Callable[[PyTree], PyTree], like: PyTree
+    ) -> tuple[Callable, Callable]:
+        """The product whose series it is, and the transpose of `matvec`."""
+        if not self.is_equation:
+            return matvec, matvec
+        pull = jax.linear_transpose(matvec, like)
+
+        def transposed(u: PyTree) -> PyTree:
+            return pull(u)[0]
+
+        return (lambda v: transposed(matvec(v))), transposed
+
+    def _num_products(self, of_series: Array) -> Array:
+        measuring = 10 if self.step_size is None else 0
+        each, first = (2, 1) if self.is_equation else (1, 0)
+        return each * (of_series + measuring) + first
+
+
+def estimate_by_series(
+    series: StepSeries,
+    problem: Bilevel,
+    inner_solver: AbstractInnerSolver,
+    x0: PyTree,
+    theta: PyTree,
+    state: HypergradientState,
+) -> tuple[Estimate, HypergradientState]:
+    """The hypergradient by `series`, and what the terms left out would add."""
+    condition = problem.inner
+    # 1. x solves the inner problem, more or less
+    inner, inner_state = inner_solver.solve(condition, start_at(x0, theta), theta, state.inner)
+    x = inner.x
+    # 2. K terms of the adjoint
+    at, outer = linearise(condition, x, theta), outer_at(problem, x, theta)
+    num_measuring = series._num_products(jnp.asarray(0)) - (1 if series.is_equation else 0)
+    series = series.measured(at.adjoint, x)
+    adjoint = series.solve(at.adjoint, outer.grad_x)
+    product, cross = at.both(adjoint.value)
+    grad = tree_sub(outer.grad_theta, cross)
+    # 3. the next term, which is the first one left out
+    left = tree_sub(outer.grad_x, product)
+    following = StepSeries(1, series.step_size, series.is_equation)
+    next_product, next_cross = at.both(following.solve(at.adjoint, left).value)
+    remainder = geometric_remainder(next_cross, left, tree_sub(left, next_product))
+    is_nonfinite = (inner.result == RESULTS.nonfinite) | ~tree_all_finite((outer.value, grad))
+    result = first_failure(
+        RESULTS.where(is_nonfinite, RESULTS.nonfinite, RESULTS.successful), adjoint.result
+    )
+    products = adjoint.num_products + num_measuring + (3 if series.is_equation else 2)
+    counts = inner.counts + Counts(gradients=1, hessian=products, cross=2)
+    evidence = no_evidence(outer.value, inner.residual)
+    evidence |= {
+        "adjoint_residual": adjoint.residual,
+        "error_estimate": remainder,
+        "dual_value": dual_value(outer.value, adjoint.value, at.residual),
+    }
+    estimate = Estimate(
+        value=outer.value,
+        grad=grad,
+        aux=outer.aux,
+        x=x,
+        v=adjoint.value,
+        inner_residual=inner.residual,
+        inner_tolerance=jnp.full_like(inner.residual, jnp.inf),
+        result=result,
+        stats=as_stats(counts, inner.num_steps, adjoint.num_steps),
+        **evidence,
+    )
+    return estimate, HypergradientState(x, adjoint.value, inner_state)
+
+
+def solution_by_series(
+    series: StepSeries,
+    condition: AbstractCondition,
+    inner_solver: AbstractInnerSolver,
+    x0: PyTree,
+    theta: PyTree,
+    throw: bool,
+) -> PyTree[Array]:
+    """`x*(theta)`, differentiable by `series` in theta and the arrays of `condition`."""
+    fixed_condition, fixed_theta = stop_gradient((condition, theta))
+    x0 = stop_gradient(start_at(x0, theta))
+    state = inner_solver.init(fixed_condition, x0, fixed_theta)
+    inner, _ = inner_solver.solve(fixed_condition, x0, fixed_theta, state)
+    is_nonfinite = inner.result == RESULTS.nonfinite
+    result = RESULTS.where(is_nonfinite, RESULTS.nonfinite, RESULTS.successful)
+    return _attach(
+        series,
+        lambda x, args: args[0].residual(x, args[1]),
+        (condition, theta),
+        or_fail(inner.x, result, throw),
+        condition.is_symmetric,
+        throw,
+    )
+
+
+def apply_series(
+    series: StepSeries, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree
+) -> PyTree[Array]:
+    """An Optimistix solve, differentiable by `series`."""
+    x, rest = stop_gradient(primal_fn((*stop_gradient(inputs), lax_while_loop)))
+    # Optimistix' residual of a fixed point is T(x) - x, whose derivative is negative.
+    sign = -1.0 if rewrite_fn.__module__.endswith("._fixed_point") else 1.0
+
+    def residual(x: PyTree, inputs: PyTree) -> PyTree:
+        return tree_scale(sign, rewrite_fn(x, None, inputs))
+
+    return _attach(series, residual, inputs, x, is_gradient(rewrite_fn), True), rest
+
+
+def _attach(
+    series: StepSeries,
+    residual: Callable[[PyTree, PyTree], PyTree],
+    args: PyTree,
+    x: PyTree[Array],
+    is_symmetric: bool,
+    throw: bool,
+) -> PyTree[Array]:
+    """`x`, with the derivative in `args` of K steps on `residual(x, args)`.
+
+    `(s A, s B)` with step one is `(A, B)` with step s, and of an equation `sqrt(s)` does
+    it: so the step size, which may be traced, is an argument of the rule, not closed over.
+    """
+    scale = jnp.ones((), tree_dtype(x))
+    if series.step_size is not None:
+        step_size = jnp.asarray(series.step_size, scale.dtype)
+        scale = jnp.sqrt(step_size) if series.is_equation else step_size
+        series = StepSeries(series.num_terms, 1.0, series.is_equation)
+
+    def solve(matvec: Callable, b: PyTree) -> PyTree:
+        solution = series.solve(matvec, b)
+        return or_fail(solution.value, solution.result, throw)
+
+    return attach_derivative(
+        lambda x, args: tree_scale(args[1], residual(x, args[0])),
+        (args, stop_gradient(scale)),
+        x,
+        solve,
+        is_symmetric,
+    )
+
+
+def geometric_remainder(term: PyTree, left: PyTree, further: PyTree) -> Scalar:
+    """The norm of all terms from `term` on, if they fall as `left` to `further` does.
+
+    Infinite if they do not fall.
+    """
+    norm = tree_norm(left)
+    ratio = tree_norm(further) / jnp.where(norm > 0, norm, 1)
+    falls = ratio < 1
+    size = tree_norm(term).astype(ratio.dtype)
+    return jnp.where(falls, size / jnp.where(falls, 1 - ratio, 1), jnp.inf)
