@@ -11,6 +11,9 @@ from .._problem import AbstractCondition
 from .._results import RESULTS
 from .._tree import default_rtol, tree_all_finite, tree_larger, tree_norm
 
+# A gradient below so many units of rounding of its scale (`measure`) is rounding alone.
+ROUNDING = 100
+
 
 class Counts(eqx.Module):
     """How often the oracles of a problem were called.
@@ -130,7 +133,7 @@ def measure(
     residual, scale = residual_and_scale(condition, x, x0, theta)
     tolerance = (0.0 if atol is None else atol) + rtol * scale
     # A gradient is a difference of terms of size `scale`: this much of it is rounding.
-    floor = 100 * jnp.finfo(residual.dtype).eps * scale
+    floor = ROUNDING * jnp.finfo(residual.dtype).eps * scale
     result = RESULTS.where(residual <= floor, RESULTS.stalled, RESULTS.inner_not_converged)
     result = RESULTS.where(residual <= tolerance, RESULTS.successful, result)
     finite = jnp.isfinite(residual) & tree_all_finite(x)

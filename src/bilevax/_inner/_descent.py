@@ -11,8 +11,9 @@ import optax
 from jaxtyping import Array, PyTree
 
 from .._problem import AbstractCondition, objective
-from .._tree import default_rtol, optimizer_as_pytree, standard_promotion, strong, tree_norm
+from .._tree import optimizer_as_pytree, standard_promotion, strong, tree_dtype, tree_norm
 from ._base import (
+    ROUNDING,
     AbstractSteppingSolver,
     Counts,
     InnerSolution,
@@ -22,6 +23,7 @@ from ._base import (
 )
 from ._batches import as_batches, check_batches
 from ._optimistix import check_positive
+from ._rewrite import without_zero_over_zero
 
 
 class Descent(AbstractSteppingSolver):
@@ -151,10 +153,14 @@ class Descent(AbstractSteppingSolver):
         if self.batches is not None:
             x0 = check_batches(self.batches, condition, x0)
         optimizer_state = state if self.carry_state else self._initial(x0, theta)
+        rtol = self.rtol
         if not self._has_tolerance:
-            return x0, optimizer_state
+            if self.batches is not None or not _is_quasi_newton(optimizer_state):
+                return x0, optimizer_state
+            # Where only rounding is left of the gradient, the differences of which such an
+            # optimiser learns are 0/0: it rests there, and so does the derivative of x.
+            rtol = ROUNDING * jnp.finfo(tree_dtype(x0)).eps
         residual, scale = residual_and_scale(condition, x0, x0, theta)
-        rtol = default_rtol(x0) if self.rtol is None and self.atol is None else self.rtol
         tolerance = (self.atol or 0.0) + (0.0 if rtol is None else rtol) * jnp.maximum(
             scale, residual
         )
@@ -175,16 +181,20 @@ class Descent(AbstractSteppingSolver):
         def value_fn(x: PyTree) -> Array:
             return inner(x, theta)
 
+        optimizer = self._optimizer(theta)
+
+        def update(grad: PyTree, state: PyTree, x: PyTree, value: Array) -> tuple[PyTree, PyTree]:
+            return optimizer.update(grad, state, x, value=value, grad=grad, value_fn=value_fn)
+
         value, grad = jax.value_and_grad(value_fn)(x)
         with standard_promotion():
-            updates, new_state = self._optimizer(theta).update(
-                grad, optimizer_state, x, value=value, grad=grad, value_fn=value_fn
-            )
+            update = without_zero_over_zero(update, grad, optimizer_state, x, value)
+            updates, new_state = update(grad, optimizer_state, x, value)
             new_x = optax.apply_updates(x, updates)
         new_state = strong(new_state)
         if batch_step is not None:
             new_state = new_state, batch_step + 1
-        if not self._has_tolerance:
+        if len(carry) == 2:
             return new_x, new_state
         tolerance = carry[2]
         done = tree_norm(grad) <= tolerance
@@ -223,3 +233,10 @@ class Descent(AbstractSteppingSolver):
         if not isinstance(optimizer, optax.GradientTransformation):
             optimizer = optimizer(theta)
         return optax.with_extra_args_support(optimizer)
+
+
+def _is_quasi_newton(optimizer_state: PyTree) -> bool:
+    """Whether part of an Optax state is the memory of L-BFGS."""
+    kind = optax.ScaleByLBFGSState
+    leaves = jax.tree_util.tree_leaves(optimizer_state, is_leaf=lambda s: isinstance(s, kind))
+    return any(isinstance(leaf, kind) for leaf in leaves)
