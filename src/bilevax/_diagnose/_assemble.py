@@ -104,7 +104,7 @@ def _of_estimate(estimate: Estimate, at_x: Estimate) -> dict[str, Any]:
         "value": float(estimate.value),
         "hypergradient_norm": norm,
         "adjoint_residual": float(estimate.adjoint_residual),
-        "outcome": _name(estimate.result),
+        "outcome": outcome_name(estimate.result),
         "error_at_x": relative(tree_norm(tree_sub(at_x.grad, estimate.grad)), norm),
     }
 
@@ -129,7 +129,7 @@ def _unless_rounding(cross_norm: float, here: AtPoint, polished: Solved) -> floa
     return cross_norm if cross_norm * max(float(here.theta_norm), 1.0) > rounding else 0.0
 
 
-def _name(result: RESULTS) -> str:
+def outcome_name(result: RESULTS) -> str:
     """The name of an outcome."""
     code = int(np.asarray(result._value))
     return next(name for name, item in RESULTS._name_to_item.items() if int(item._value) == code)

@@ -1,0 +1,92 @@
+"""What `recommend` found out: one record, and how it reads."""
+
+import dataclasses
+import math
+from typing import Any
+
+from .._hypergradient._base import AbstractHypergradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommendation:
+    """A rule for a problem, and why; made by `bx.recommend`. `print` it.
+
+    **Attributes:**
+
+    - `rule`: the rule, ready for `bx.hypergradient` and `bx.solve`.
+    - `inner_solver`: the one that it is meant for, as it was given.
+    - `reason`: one sentence.
+    - `warning`: what is suspicious about the problem; empty if nothing is.
+    - `measured`: the numbers that decided. `num_inner_steps`; `contraction` of the inner
+        residual for each of them (NaN unless the solver is a `Descent` or the problem a
+        fixed point); `relative_residual`, against what the default tolerance is compared
+        with; `size_x`, `size_theta`; `state_bytes` of one state of the inner solver (0 if it
+        takes no steps that JAX sees); `cross_norm`, roughly `||B||`; and, where the rule
+        depends on them, `curvature`, `condition`, `num_adjoint_steps`, `adjoint_rtol`,
+        `error_of_adjoint` and `error_of_x`, relative to the hypergradient.
+    - `costs`: of each rule that was considered the predicted cost beside the inner solve, in
+        inner gradients.
+    """
+
+    rule: AbstractHypergradient
+    inner_solver: Any
+    reason: str
+    warning: str
+    measured: dict[str, Any]
+    costs: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as Python numbers and strings, ready for JSON; NaN becomes `None`."""
+
+        def plain(value: Any) -> Any:
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
+        return {
+            "rule": describe(self.rule),
+            "inner_solver": None if self.inner_solver is None else describe(self.inner_solver),
+            "reason": self.reason,
+            "warning": self.warning,
+            "measured": {key: plain(value) for key, value in self.measured.items()},
+            "costs": {key: plain(value) for key, value in self.costs.items()},
+        }
+
+    def __str__(self) -> str:
+        lines = [f"bx.recommend: {describe(self.rule)}", f"  because {self.reason}"]
+        if self.warning:
+            lines.append(f"  WARNING: {self.warning}")
+        numbers = [
+            f"{name.replace('_', ' ')} {value if isinstance(value, str) else f'{value:.3g}'}"
+            for name, value in self.measured.items()
+        ]
+        half = (len(numbers) + 1) // 2
+        lines += [f"  measured  {', '.join(numbers[:half])},"]
+        lines += [f"            {', '.join(numbers[half:])}"]
+        if self.costs:
+            listed = ", ".join(f"{name} {cost:.0f}" for name, cost in self.costs.items())
+            lines.append(f"  predicted cost beside the inner solve, in gradients: {listed}")
+        return "\n".join(lines)
+
+
+def describe(choice: Any) -> str:
+    """A rule or a solver as one would write it: what differs from the defaults only."""
+    if not dataclasses.is_dataclass(choice):
+        return getattr(choice, "__name__", type(choice).__name__)
+    parts = []
+    for field in dataclasses.fields(choice):
+        value = getattr(choice, field.name)
+        default = field.default
+        if value is default or (isinstance(value, (str, int, float)) and value == default):
+            continue
+        if value is None or field.name == "optimizer":
+            continue
+        if isinstance(value, bool | int | str):
+            shown = repr(value)
+        elif isinstance(value, float):
+            shown = f"{value:.1g}"
+        elif dataclasses.is_dataclass(value):
+            shown = describe(value)
+        else:
+            continue
+        parts.append(f"{field.name}={shown}")
+    prefix = "bx." if type(choice).__module__.startswith("bilevax") else ""
+    return f"{prefix}{type(choice).__name__}({', '.join(parts)})"
