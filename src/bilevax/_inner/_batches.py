@@ -55,11 +55,7 @@ class Minibatches(eqx.Module):
     def __init__(self, size: int, *, key: Array) -> None:
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"`size` must be an integer of at least 1; got {size!r}.")
-        if not _is_key(key):
-            raise TypeError(
-                "`key` must be one random key such as jax.random.key(0); got "
-                f"{_describe_leaf(key)}."
-            )
+        check_key(key)
         self.size = size
         self.key = key
 
@@ -191,12 +187,14 @@ def _take(data: PyTree, indices: Array) -> PyTree:
     return jtu.tree_map(lambda a: a[indices] if eqx.is_array(a) else a, data)
 
 
-def _is_key(key: Any) -> bool:
-    if not isinstance(key, jax.Array):
-        return False
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key.shape == ()
-    return key.shape == (2,) and key.dtype == jnp.uint32
+def check_key(key: Any) -> None:
+    """Raise unless `key` is one random key, of the new kind or the old."""
+    is_new = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    is_old = isinstance(key, jax.Array) and key.dtype == jnp.uint32
+    if not ((is_new and key.shape == ()) or (is_old and key.shape == (2,))):
+        raise TypeError(
+            f"`key` must be one random key such as jax.random.key(0); got {_describe_leaf(key)}."
+        )
 
 
 def _describe_leaf(a: Any) -> str:
