@@ -38,6 +38,8 @@ from ._hypergradient._minimum_norm import MinimumNorm as MinimumNorm
 from ._hypergradient._unrolled import Unrolled as Unrolled
 from ._hypergradient._truncated import Truncated as Truncated
 from ._hypergradient._one_step import OneStep as OneStep
+from ._hypergradient._evolution import EvolutionStrategies as EvolutionStrategies
+from ._hypergradient._persistent import PersistentES as PersistentES
 from ._hypergradient._base import Estimate as Estimate
 from ._hypergradient._entry import argmin as argmin, hypergradient as hypergradient
 from ._hypergradient._several import hypergradients as hypergradients
