@@ -14,7 +14,10 @@ RULES = {
     "Implicit": (bx.Implicit(bx.CG(rtol=1e-12)), 1e-7),
     "Unrolled": (bx.Unrolled(), 1e-6),
     "Truncated": (bx.Truncated(num_steps=150), 1e-5),
+    "ForwardMode": (bx.ForwardMode(), 1e-6),
     "OneStep": (bx.OneStep(), 0.95),
+    "KStep": (bx.KStep(num_steps=100), 1e-6),
+    "JacobianFree": (bx.JacobianFree(), 0.95),
 }
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -76,15 +79,32 @@ def test_implicit_jvp_in_minimise():
     assert relative_error(x_dot, oracle.jacobian @ np.ones(6)) < 1e-7
 
 
-@pytest.mark.parametrize("name", ["Implicit", "Unrolled", "Truncated"])
-def test_root_find(name):
-    rule, bound = RULES[name] if name != "Implicit" else (bx.Implicit(), 1e-4)
+NEWTON, CHORD, DOGLEG = optx.Newton(**TIGHT), optx.Chord(**TIGHT), optx.Dogleg(**TIGHT)
+
+
+@pytest.mark.parametrize(
+    ("name", "solver", "bound"),
+    [
+        ("Implicit", NEWTON, 1e-4),
+        ("Unrolled", NEWTON, 1e-6),
+        ("Truncated", NEWTON, 1e-5),
+        ("ForwardMode", DOGLEG, 1e-6),
+        ("OneStep", NEWTON, 1e-8),  # one Newton step contracts at once
+        ("OneStep", CHORD, 0.1),  # the Jacobian at x0 in place of that at x
+        ("KStep", CHORD, 1e-8),
+        ("OneStep", DOGLEG, 0.95),  # a measured step on the normal equations
+        ("KStep", DOGLEG, 1e-2),
+    ],
+    ids=lambda p: p if isinstance(p, str) else None,
+)
+def test_root_find(name, solver, bound):
+    rule = bx.Implicit() if name == "Implicit" else RULES[name][0]
     oracle = root()
 
     def solve(theta):
         return optx.root_find(
             lambda x, theta: oracle.problem.inner(x, theta),
-            optx.Newton(**TIGHT),
+            solver,
             oracle.x0,
             args=theta,
             adjoint=rule,
@@ -93,15 +113,23 @@ def test_root_find(name):
     check(oracle, solve, bound)
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_fixed_point(name):
+ITERATION = optx.FixedPointIteration(**TIGHT)
+DAMPED = optx.FixedPointIteration(**TIGHT, damp=0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    [(name, ITERATION) for name in RULES] + [("KStep", DAMPED), ("KStep", NEWTON)],
+    ids=lambda p: p if isinstance(p, str) else None,
+)
+def test_fixed_point(name, solver):
     rule, bound = RULES[name] if name != "Implicit" else (bx.Implicit(), 1e-4)
     oracle = fixed_point()
 
     def solve(theta):
         return optx.fixed_point(
             lambda x, theta: oracle.problem.inner(x, theta),
-            optx.FixedPointIteration(**TIGHT),
+            solver,
             oracle.x0,
             args=theta,
             adjoint=rule,
@@ -110,8 +138,18 @@ def test_fixed_point(name):
     check(oracle, solve, bound)
 
 
-@pytest.mark.parametrize("name", ["Implicit", "Unrolled"])
-def test_least_squares(name):
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    [
+        ("Implicit", optx.LevenbergMarquardt(**TIGHT)),
+        ("Unrolled", optx.LevenbergMarquardt(**TIGHT)),
+        ("KStep", optx.LevenbergMarquardt(**TIGHT)),
+        ("KStep", optx.GaussNewton(**TIGHT)),
+        ("ForwardMode", optx.GaussNewton(**TIGHT)),
+    ],
+    ids=lambda p: p if isinstance(p, str) else type(p).__name__,
+)
+def test_least_squares(name, solver):
     rule, bound = RULES[name]
     features = jnp.cos(jnp.arange(12.0)).reshape(6, 2)
 
@@ -121,7 +159,7 @@ def test_least_squares(name):
     def value(theta, adjoint):
         x = optx.least_squares(
             residuals,
-            optx.LevenbergMarquardt(**TIGHT),
+            solver,
             jnp.zeros(2),
             args=theta,
             adjoint=adjoint,
@@ -133,14 +171,14 @@ def test_least_squares(name):
     assert relative_error(jax.grad(value)(theta, rule), jax.grad(value)(theta, exact)) < bound
 
 
-def test_one_step_refuses_an_equation():
+def test_jacobian_free_refuses_an_equation():
     with pytest.raises(TypeError, match="bx.FixedPoint"):
         optx.root_find(
             lambda x, theta: x - theta,
             optx.Newton(**TIGHT),
             jnp.zeros(2),
             args=jnp.ones(2),
-            adjoint=bx.OneStep(),
+            adjoint=bx.JacobianFree(),
         )
 
 
