@@ -182,7 +182,11 @@ RULES = {
     "Unrolled": (bx.Unrolled(), 1e-8),
     "Unrolled all": (bx.Unrolled(checkpoints="all"), 1e-8),
     "Truncated": (bx.Truncated(num_steps=200), 1e-8),
+    "ForwardMode": (bx.ForwardMode(batch_size=5), 1e-8),
     "OneStep": (bx.OneStep(), 0.999),
+    "KStep": (bx.KStep(num_steps=200), 1e-8),
+    "JacobianFree": (bx.JacobianFree(), 0.999),
+    "SAMA": (bx.SAMA(), 0.999),
 }
 
 
@@ -242,7 +246,7 @@ def test_fixed_point_iteration_can_be_unrolled():
 # ---- transformations -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["Implicit", "Unrolled", "Truncated"])
+@pytest.mark.parametrize("rule", ["Implicit", "Unrolled", "Truncated", "ForwardMode", "KStep"])
 def test_estimates_pass_through_jit_vmap_and_scan(rule):
     oracle = oracles("float64")["quadratic"]
     solver = bx.Descent(optax.sgd(0.1), num_steps=300)
@@ -367,7 +371,16 @@ def test_argmin_sees_closed_over_tracers_and_a_bias_without_regulariser():
 def test_argmin_unrolled_and_one_step_views_agree_with_their_estimates():
     oracle = oracles("float64")["quadratic"]
     solver = bx.Descent(optax.sgd(0.1), num_steps=20)
-    for rule in (bx.Unrolled(), bx.Truncated(num_steps=5), bx.OneStep(), bx.OneStep(0.05)):
+    for rule in (
+        bx.Unrolled(),
+        bx.Truncated(num_steps=5),
+        bx.OneStep(),
+        bx.OneStep(0.05),
+        bx.KStep(3),
+        bx.KStep(3, 0.05),
+        bx.SAMA(),
+        bx.ForwardMode(),
+    ):
         inner_solver = solver if rule != bx.OneStep(0.05) else bx.NewtonCG(rtol=1e-10)
         x_star = bx.argmin(oracle.problem.inner, inner_solver, rule)
 

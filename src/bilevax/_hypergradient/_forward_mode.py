@@ -130,14 +130,14 @@ class ForwardMode(AbstractHypergradient):
         theta: PyTree,
         throw: bool,
     ) -> PyTree[Array]:
-        solver = _check_stepping(inner_solver)
+        _check_stepping(inner_solver)
 
         def solve(args: tuple) -> tuple[PyTree, None]:
-            condition, x0, theta = args
+            condition, solver, x0, theta = args
             state = solver.init(condition, start_at(x0, theta), theta)
             return self._run(condition, solver, x0, theta, state)[0], None
 
-        x, _ = self._attach(solve, (condition, x0, theta))
+        x, _ = self._attach(solve, (condition, inner_solver, x0, theta))
         result = RESULTS.where(tree_all_finite(x), RESULTS.successful, RESULTS.nonfinite)
         return or_fail(x, result, throw)
 
@@ -180,7 +180,10 @@ class ForwardMode(AbstractHypergradient):
         return value, slopes, rest
 
     def _attach(self, fn: Callable, args: PyTree) -> tuple[PyTree, PyTree]:
-        """`fn(args)`, which is `(x, rest)`; `x` is differentiable in what moves in `args`."""
+        """`fn(args)`, which is `(x, rest)`; `x` is differentiable in what moves in `args`.
+
+        `fn` must not close over arrays: its derivative is taken when they are gone.
+        """
         inexact, fixed = eqx.partition(args, eqx.is_inexact_array)
         arrays, static = eqx.partition(fixed, eqx.is_array)
         x, rest = stop_gradient(fn(stop_gradient(args)))

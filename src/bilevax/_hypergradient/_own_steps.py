@@ -15,7 +15,7 @@ from .._inner._descent import Descent
 from .._inner._optimistix import Optimistix
 from .._problem import AbstractCondition, Bilevel, start_at
 from .._results import RESULTS
-from .._tree import lax_while_loop, stop_gradient, tree_all_finite, tree_norm
+from .._tree import lax_while_loop, stop_gradient, tree_all_finite, tree_dtype, tree_norm
 from ._base import Estimate, HypergradientState, as_stats, no_evidence
 from ._implicit import or_fail
 from ._scan import repeat
@@ -183,7 +183,33 @@ def take_steps(step: Step, fixed_step: Step, carry: PyTree, num_steps: int, thro
     # An identity, which custom_linear_solve lets have a transpose of its own and, unlike a
     # custom_vjp, a jvp.
     x = jax.lax.custom_linear_solve(lambda u: u, end[0], lambda _, b: b, check)
-    return (x, *end[1:])
+    return (_once(x), *end[1:])
+
+
+@jax.custom_jvp
+def _once(x: PyTree) -> PyTree:
+    """`x`, which may be differentiated once."""
+    return x
+
+
+@_once.defjvp
+def _once_jvp(primals: tuple, tangents: tuple) -> tuple[PyTree, PyTree]:
+    (x,), (dx,) = primals, tangents
+    return x, jtu.tree_map(lambda t: t * _one(x).astype(t.dtype), dx)
+
+
+@jax.custom_jvp
+def _one(x: PyTree) -> Array:
+    """One, whose derivative is refused: a derivative multiplied by it has none."""
+    return jnp.ones((), tree_dtype(x))
+
+
+@_one.defjvp
+def _one_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    raise TypeError(
+        "The steps that OneStep, KStep and SAMA differentiate start at a constant x: a second "
+        "derivative would leave out that x moves with theta. Use bx.Implicit()."
+    )
 
 
 def derivative_of(moved: PyTree, x: PyTree) -> PyTree:
