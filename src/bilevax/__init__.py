@@ -35,6 +35,7 @@ from ._precondition import (
 )
 from ._hypergradient._implicit import Implicit as Implicit
 from ._hypergradient._minimum_norm import MinimumNorm as MinimumNorm
+from ._hypergradient._budget import MemoryBudget as MemoryBudget
 from ._hypergradient._unrolled import Unrolled as Unrolled
 from ._hypergradient._truncated import Truncated as Truncated
 from ._hypergradient._forward_mode import ForwardMode as ForwardMode
@@ -58,6 +59,14 @@ from ._outer._tolerances import (
 )
 from ._diagnose._base import Check as Check, Comparison as Comparison
 from ._diagnose._check import check as check
+from ._diagnose._comparison import (
+    ErrorCurve as ErrorCurve,
+    MeasuredRule as MeasuredRule,
+    RuleComparison as RuleComparison,
+)
+from ._diagnose._compare import compare as compare
+from ._diagnose._recommendation import Recommendation as Recommendation
+from ._diagnose._recommend import recommend as recommend
 from ._solve import solve as solve
 from ._report._progress import Progress as Progress
 from ._report._history import History as History

@@ -59,8 +59,9 @@ class RESULTS(eqx.Enumeration):
         "The derivative of the inner steps explodes: on the way back through them the adjoint "
         "grew by many orders of magnitude, so that the exact derivative of the steps says "
         "nothing about a finite change of theta. Use bx.PersistentES(...) or "
-        "bx.EvolutionStrategies(...), fewer inner steps, a smaller inner step size, or "
-        "bx.Truncated(...)."
+        "bx.EvolutionStrategies(...), fewer inner steps, a smaller inner step size, "
+        "bx.Truncated(...) or, if an adaptive optimiser such as Adam has converged, a larger "
+        "eps_root."
     )
     burn_in = (
         "The derivative of the inner steps has not begun to converge (the curse of unrolling): "

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, PyTree
 
 from .._tree import tree_zeros_like
 from ._explicit import State, WayBack, repeat_with_way_back
-from ._probe import seen
+from ._probe import Probe, add_tap
 
 
 def repeat_from_checkpoints(
@@ -20,7 +20,7 @@ def repeat_from_checkpoints(
     carry: PyTree[Array],
     length: int,
     num_checkpoints: int,
-    probe: Array | None,
+    probe: Probe | None,
 ) -> PyTree[Array]:
     """`step` applied `length` times, keeping `num_checkpoints` carries for the way back.
 
@@ -43,7 +43,7 @@ def repeat_from_checkpoints(
         return jax.lax.scan(lambda s, n: (_advance(steps.apply, s, n), s), state, lengths)
 
     def backward(
-        steps: WayBack, kept: PyTree, adjoint: PyTree, probe: Array | None
+        steps: WayBack, kept: PyTree, adjoint: PyTree, probe: Probe | None
     ) -> tuple[PyTree, PyTree, PyTree]:
         start = _Unwinding(
             kept=jtu.tree_map(partial(_with_room, num_checkpoints), kept),
@@ -52,7 +52,7 @@ def repeat_from_checkpoints(
             end=jnp.asarray(length, jnp.int32),
             adjoint=adjoint,
             total=tree_zeros_like(steps.moving),
-            evidence=None if probe is None else jnp.zeros_like(probe),
+            evidence=tree_zeros_like(probe),
         )
         final = _unwind(steps, reach, start)
         return final.total, final.adjoint, final.evidence
@@ -69,7 +69,7 @@ class _Unwinding(NamedTuple):
     end: Int[Array, ""]
     adjoint: PyTree[Array]
     total: PyTree[Array]  # the adjoint of theta, so far
-    evidence: Array | None
+    evidence: Probe | None
 
 
 def _unwind(steps: WayBack, reach: np.ndarray, start: _Unwinding) -> _Unwinding:
@@ -106,7 +106,7 @@ def _unwind(steps: WayBack, reach: np.ndarray, start: _Unwinding) -> _Unwinding:
         of_moving, adjoint = steps.pull_back(carry, state.adjoint)
         end, evidence = state.end - 1, state.evidence
         if evidence is not None:
-            evidence = evidence + seen(adjoint[0], evidence.dtype)
+            evidence = add_tap(evidence, adjoint[0])
         return state._replace(
             top=jnp.where(place == end, state.top - 1, state.top),
             end=end,

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.custom_derivatives import SymbolicZero
+from jax.interpreters import partial_eval
 from jaxtyping import Array, PyTree
 
 from .._tree import standard_promotion
+from ._probe import Probe
 
 # In this file a carry is in two parts: its floating-point arrays, which have an adjoint,
 # and the rest (counts, keys, labels).
@@ -34,7 +36,8 @@ class WayBack(NamedTuple):
     """What a way back needs beside the states that were kept.
 
     - `apply(state)`: the step.
-    - `pull_back(state, adjoint)`: the adjoint of the step's `moving` and of its carry.
+    - `pull_back(state, adjoint)`: the adjoint of the step's `moving` and of its carry, of
+        the part of it that matters; the others are `None`.
     - `push_forward(state, tangent, direction)`: the step, and the tangent of its carry.
     - `moving`: what is differentiated of all that the step closed over. Theta, but not the
         data, whose adjoint would be as large as they are.
@@ -66,8 +69,8 @@ def repeat_with_way_back(
     carry: PyTree[Array],
     run: Callable[[Callable[[State], State], State], State],
     forward: Callable[[WayBack, State], tuple[State, PyTree]],
-    backward: Callable[[WayBack, PyTree, PyTree, Array | None], tuple[PyTree, PyTree, PyTree]],
-    probe: Array | None,
+    backward: Callable[[WayBack, PyTree, PyTree, Probe | None], tuple[PyTree, PyTree, PyTree]],
+    probe: Probe | None,
 ) -> PyTree[Array]:
     """A loop over `step` with a reverse mode of its own.
 
@@ -79,7 +82,7 @@ def repeat_with_way_back(
     explicit = explicit_step(step, carry)
 
     @jax.custom_vjp
-    def loop(varying: PyTree, fixed: PyTree, state: State, probe: Array | None) -> State:
+    def loop(varying: PyTree, fixed: PyTree, state: State, probe: Probe | None) -> State:
         del probe
         return run(lambda state: explicit.apply(varying, fixed, state), state)
 
@@ -91,8 +94,8 @@ def repeat_with_way_back(
 
     def loop_backward(residuals: PyTree, cotangent: State) -> tuple:
         varying, fixed, kept, probe, is_moving = residuals
-        steps = _way_back(explicit, varying, fixed, is_moving)
-        adjoint = jtu.tree_map(_materialise, cotangent[0], is_leaf=_is_symbolic)
+        adjoint = _part_that_matters(explicit, cotangent[0])
+        steps = _way_back(explicit, varying, fixed, is_moving, adjoint)
         of_moving, of_carry, evidence = backward(steps, kept, adjoint, probe)
         return of_moving, None, (of_carry, None), evidence
 
@@ -106,19 +109,29 @@ class _Flags(eqx.Module):
     flags: tuple[bool, ...] = eqx.field(static=True)
 
 
-def _way_back(explicit: ExplicitStep, varying: PyTree, fixed: PyTree, is_moving: _Flags) -> WayBack:
+def _way_back(
+    explicit: ExplicitStep,
+    varying: PyTree,
+    fixed: PyTree,
+    is_moving: _Flags,
+    adjoint: PyTree | None = None,
+) -> WayBack:
     structure = jtu.tree_structure(varying)
     moving, still = eqx.partition(varying, jtu.tree_unflatten(structure, is_moving.flags))
+    flags = jtu.tree_map(lambda leaf: leaf is not None, adjoint, is_leaf=lambda leaf: leaf is None)
 
     def differentiable(moving: PyTree, state: State) -> State:
         return explicit.apply(eqx.combine(moving, still), fixed, state)
 
     def pull_back(state: State, adjoint: PyTree) -> tuple[PyTree, PyTree]:
         carry, rest = state
-        _, transpose, _ = jax.vjp(
-            lambda m, c: differentiable(m, (c, rest)), moving, carry, has_aux=True
-        )
-        return transpose(adjoint)
+        matters, other = eqx.partition(carry, flags)
+
+        def part_that_matters(moving: PyTree, matters: PyTree) -> PyTree:
+            new, _ = differentiable(moving, (eqx.combine(matters, other), rest))
+            return eqx.filter(new, flags)
+
+        return jax.vjp(part_that_matters, moving, matters)[1](adjoint)
 
     def push_forward(state: State, tangent: PyTree, direction: PyTree) -> tuple[State, PyTree]:
         carry, rest = state
@@ -131,6 +144,28 @@ def _way_back(explicit: ExplicitStep, varying: PyTree, fixed: PyTree, is_moving:
         return (new, new_rest), new_tangent
 
     return WayBack(lambda state: differentiable(moving, state), pull_back, push_forward, moving)
+
+
+def _part_that_matters(explicit: ExplicitStep, cotangent: PyTree) -> PyTree:
+    """The adjoint of the last carry, `None` for what no later x depends on.
+
+    A solver's own error estimate is such a part. Its adjoint would be zero, and its
+    derivative may be infinite.
+    """
+    leaves, structure = jtu.tree_flatten(cotangent, is_leaf=_is_symbolic)
+    traced: Any = jax.make_jaxpr(explicit.apply)(explicit.varying, explicit.fixed, explicit.state)
+    num_before = len(jtu.tree_leaves((explicit.varying, explicit.fixed)))
+    num_other = len(traced.jaxpr.outvars) - len(leaves)
+    matters = [not _is_symbolic(leaf) for leaf in leaves]
+    while True:
+        _, used = partial_eval.dce_jaxpr(traced.jaxpr, [*matters, *[False] * num_other])
+        used = used[num_before : num_before + len(leaves)]
+        grown = [a or b for a, b in zip(matters, used, strict=True)]
+        if grown == matters:
+            break
+        matters = grown
+    part = [_materialise(a) if keep else None for a, keep in zip(leaves, matters, strict=True)]
+    return jtu.tree_unflatten(structure, part)
 
 
 def _primals(tree: PyTree) -> list:

@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 
 from ._binomial import repeat_from_checkpoints
 from ._budget import MemoryBudget, num_bytes, residual_bytes
-from ._probe import tap
+from ._probe import Probe, tap
 
 Checkpoints = Literal["sqrt", "all", "reversible"] | int | MemoryBudget
 
@@ -50,7 +50,7 @@ def repeat(
     carry: PyTree[Array],
     length: int,
     checkpoints: Checkpoints,
-    probe: Array | None = None,
+    probe: Probe | None = None,
 ) -> PyTree[Array]:
     """`step` applied `length` times.
 

@@ -16,7 +16,7 @@ from .._tree import tree_all_finite, tree_dtype, tree_norm
 from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, no_evidence
 from ._implicit import or_fail
 from ._loops import differentiable_loops
-from ._probe import growth, new_probe, tap_end
+from ._probe import Probe, growth, largest_growth, new_probe, tap_end
 from ._scan import Checkpoints, repeat
 
 # x, the solver's state for the next solve, the steps taken, the steps differentiated
@@ -30,7 +30,7 @@ class AbstractThroughSteps(AbstractHypergradient):
     and the arrays of `condition` as the rule says.
     """
 
-    max_growth: eqx.AbstractVar[float]
+    max_growth: eqx.AbstractVar[float | None]
 
     @abc.abstractmethod
     def unroll(
@@ -40,7 +40,7 @@ class AbstractThroughSteps(AbstractHypergradient):
         x0: PyTree,
         theta: PyTree,
         state: PyTree,
-        probe: Array | None = None,
+        probe: Probe | None = None,
     ) -> Unrolling:
         """`x` as a differentiable function of theta. `probe`: see `_probe.py`."""
 
@@ -61,7 +61,7 @@ class AbstractThroughSteps(AbstractHypergradient):
         state: HypergradientState,
     ) -> tuple[Estimate, HypergradientState]:
         return estimate_through(
-            self.unroll, problem, inner_solver, x0, theta, state, self.max_growth
+            self.unroll, problem, inner_solver, x0, theta, state, self.growth_limit(state.x)
         )
 
     def solution(
@@ -77,6 +77,10 @@ class AbstractThroughSteps(AbstractHypergradient):
         x, *_ = self.unroll(condition, stepping, x0, theta, state)
         result = RESULTS.where(tree_all_finite(x), RESULTS.successful, RESULTS.nonfinite)
         return or_fail(x, result, throw) if throw else x
+
+    def growth_limit(self, x: PyTree) -> float:
+        """From where on the adjoint is said to explode."""
+        return largest_growth(self.max_growth, tree_dtype(x))
 
     def _check_stepping(self, inner_solver: AbstractInnerSolver) -> AbstractSteppingSolver:
         if not isinstance(inner_solver, AbstractSteppingSolver):
@@ -101,6 +105,19 @@ def estimate_through(
 
     With `max_growth`, `unroll` takes a probe, and an adjoint that grew by more is flagged.
     """
+    return differentiate_through(unroll, problem, inner_solver, x0, theta, state, max_growth)[:2]
+
+
+def differentiate_through(
+    unroll: Callable[..., Unrolling],
+    problem: Bilevel,
+    inner_solver: AbstractInnerSolver,
+    x0: PyTree,
+    theta: PyTree,
+    state: HypergradientState,
+    max_growth: float | None,
+) -> tuple[Estimate, HypergradientState, Probe | None]:
+    """The same, and what was seen on the way back."""
     no_probe = () if max_growth is None else (new_probe(tree_dtype(state.x)),)
 
     def truncated_problem(theta: PyTree, probe: tuple) -> tuple[Array, Any]:
@@ -126,7 +143,8 @@ def estimate_through(
     aux, x, inner_state, num_steps, num_back = rest
     residual = tree_norm(problem.inner.residual(x, theta))
     result = RESULTS.where(tree_all_finite((value, grad)), RESULTS.successful, RESULTS.nonfinite)
-    adjoint_growth = growth(*probe) if probe else None
+    seen = probe[0] if probe else None
+    adjoint_growth = None if seen is None else growth(seen)
     if max_growth is not None and adjoint_growth is not None:
         # before "nonfinite": an adjoint that overflows has exploded first
         result = RESULTS.where(adjoint_growth > max_growth, RESULTS.exploding, result)
@@ -145,7 +163,7 @@ def estimate_through(
         adjoint_growth=adjoint_growth,
         **no_evidence(value, residual),
     )
-    return estimate, HypergradientState(x=x, v=None, inner=inner_state)
+    return estimate, HypergradientState(x=x, v=None, inner=inner_state), seen
 
 
 def repeat_until_done(
@@ -154,7 +172,7 @@ def repeat_until_done(
     carry: PyTree,
     length: int,
     checkpoints: Checkpoints,
-    probe: Array | None = None,
+    probe: Probe | None = None,
 ) -> tuple[PyTree, Array]:
     """`length` steps of a scan; those after the solver is done change nothing."""
     step = differentiable_loops(step, carry)

@@ -1,21 +1,32 @@
 """Truncation: the derivative of the last steps only."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
-from .._inner._base import AbstractSteppingSolver, run
+from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, run
 from .._inner._measured import AbstractMeasuredMinimiser
 from .._inner._optimistix import Optimistix, check_positive
-from .._problem import AbstractCondition, start_at
-from .._tree import checkpointed_while_loop, lax_while_loop, stop_gradient
-from ._probe import MAX_GROWTH, check_growth
+from .._linear._common import check_tolerance
+from .._problem import AbstractCondition, Bilevel, start_at
+from .._results import RESULTS, first_failure
+from .._tree import checkpointed_while_loop, lax_while_loop, stop_gradient, tree_norm
+from ._adaptive import repeat_until_negligible
+from ._base import Estimate, HypergradientState, as_stats
+from ._probe import Probe, check_growth
 from ._scan import Checkpoints, check_checkpoints, num_checkpoints
-from ._through_steps import AbstractThroughSteps, Unrolling, repeat_until_done
+from ._through_steps import (
+    AbstractThroughSteps,
+    Unrolling,
+    differentiate_through,
+    repeat_until_done,
+)
 from ._unrolled import Unrolled
 
 
@@ -29,16 +40,28 @@ class Truncated(AbstractThroughSteps):
 
     - `num_steps`: the number K of differentiated steps. If the solver takes no more than
         K of a fixed number of steps, everything is differentiated, as by `Unrolled`.
-    - `checkpoints`: as in `Unrolled`.
+        `"auto"`: as many as matter. The way back ends where the adjoint of x has fallen to
+        `rtol` of what it was, and what was cut off, extrapolated, is below `rtol` of the
+        result. K is in `stats["num_cross_products"]`.
+    - `rtol`: the accuracy that `"auto"` aims at.
+    - `checkpoints`: as in `Unrolled`; `"auto"` has its own, `2 sqrt(N)` carries.
+    - `max_growth`: as in `Unrolled`.
 
     What is differentiated: theta where it enters the last K steps; a dependence of `x0`
     on theta is ignored. Solvers with a line search or a trust region are refused: near the
     solution their last steps are rejected trials, on which theta has no influence.
 
-    **Cost:** N steps forward (a solver that stops by itself runs twice, the first time to
-    learn N), K recomputed, K back. Memory of `2 sqrt(K)` carries.
+    **Evidence.** `"auto"` fills `error_estimate`: the larger of what was cut off and of the
+    error of the Jacobian after N steps, from the increments `||J_{k+1} u - J_k u||` along one
+    direction u, and flags as `inaccurate` what is not below `rtol`. Where x converges, but
+    the increments do not fall (the curse of unrolling), the outcome is `burn_in`.
 
-    **Exact when** never; the error falls as `rho^K`.
+    **Cost:** N steps forward (a solver that stops by itself runs twice, the first time to
+    learn N), K recomputed, K back. Memory of `2 sqrt(K)` carries. `"auto"`: N steps with a
+    tangent forward, each about two gradients more.
+
+    **Exact when** never; the error falls as `rho^K`, rho the contraction factor of the
+    steps.
 
     !!! example
 
@@ -46,18 +69,29 @@ class Truncated(AbstractThroughSteps):
         import bilevax as bx
 
         rule = bx.Truncated(num_steps=20)
+        rule = bx.Truncated("auto", rtol=1e-3)
         ```
 
     Reference: Shaban, Cheng, Hatch, Boots, "Truncated back-propagation for bilevel
-    optimization", 2019, section 3.
+    optimization", 2019, section 3; Scieur, Gidel, Bertrand, Pedregosa, "The curse of
+    unrolling: rate of differentiating through optimization", 2022, for the burn-in.
     """
 
-    num_steps: int
+    num_steps: int | Literal["auto"]
     checkpoints: Checkpoints = "sqrt"
-    max_growth: float = MAX_GROWTH
+    max_growth: float | None = None
+    rtol: float = 1e-3
 
     def __check_init__(self) -> None:
-        check_positive(self.num_steps, "num_steps")
+        if isinstance(self.num_steps, str):
+            if self.num_steps != "auto":
+                raise ValueError(
+                    "Truncated(num_steps) must be a number of steps or 'auto'; got "
+                    f"{self.num_steps!r}."
+                )
+        else:
+            check_positive(self.num_steps, "num_steps")
+        check_tolerance("Truncated", rtol=self.rtol)
         check_checkpoints(self.checkpoints)
         check_growth(self.max_growth)
 
@@ -70,6 +104,9 @@ class Truncated(AbstractThroughSteps):
     ) -> PyTree[Array]:
         del rewrite_fn, tags
         _check_every_step_moves(inputs[1])
+        num_last = self.num_steps
+        if not isinstance(num_last, int):
+            return primal_fn((*inputs, self._while_loop))
         # 1. All steps as constants, remembering where the last K begin. `primal_fn` is a
         # loop over steps that hands its `while_loop` everything but the inputs.
         last_steps: list[PyTree] = []
@@ -85,7 +122,7 @@ class Truncated(AbstractThroughSteps):
             )
             final, count = counted
             start = jax.lax.fori_loop(
-                0, jnp.maximum(count - self.num_steps, 0), lambda _, c: body_fun(c), init_val
+                0, jnp.maximum(count - num_last, 0), lambda _, c: body_fun(c), init_val
             )
             last_steps.append(stop_gradient(start))
             return final
@@ -97,7 +134,7 @@ class Truncated(AbstractThroughSteps):
             cond_fun: Callable, body_fun: Callable, init_val: PyTree, *, max_steps: int | None
         ) -> PyTree:
             del init_val
-            length = self.num_steps if max_steps is None else min(self.num_steps, max_steps)
+            length = num_last if max_steps is None else min(num_last, max_steps)
             return checkpointed_while_loop(
                 cond_fun,
                 body_fun,
@@ -115,9 +152,10 @@ class Truncated(AbstractThroughSteps):
         x0: PyTree,
         theta: PyTree,
         state: PyTree,
-        probe: Array | None = None,
+        probe: Probe | None = None,
     ) -> Unrolling:
-        if solver.is_fixed_length and solver.max_steps <= self.num_steps:
+        num_last = self.num_steps
+        if isinstance(num_last, int) and solver.is_fixed_length and solver.max_steps <= num_last:
             whole = Unrolled(checkpoints=self.checkpoints)
             return whole.unroll(condition, solver, x0, theta, state, probe)
         if isinstance(solver, Optimistix):
@@ -125,17 +163,77 @@ class Truncated(AbstractThroughSteps):
         fixed_condition, fixed_theta = stop_gradient((condition, theta))
         x0 = stop_gradient(start_at(x0, theta))
         start = solver.start(fixed_condition, x0, fixed_theta, stop_gradient(state))
-        total = solver.max_steps
-        if not solver.is_fixed_length:
-            _, total = run(solver, fixed_condition, fixed_theta, start)
-        head = jnp.maximum(total - self.num_steps, 0)
-        carry, num_head = run(solver, fixed_condition, fixed_theta, start, head)
         step = partial(solver.step, condition, theta)
-        carry, num_tail = repeat_until_done(
-            solver, step, stop_gradient(carry), self.num_steps, self.checkpoints, probe
-        )
+        if isinstance(num_last, int):
+            total = solver.max_steps
+            if not solver.is_fixed_length:
+                _, total = run(solver, fixed_condition, fixed_theta, start)
+            head = jnp.maximum(total - num_last, 0)
+            carry, num_head = run(solver, fixed_condition, fixed_theta, start, head)
+            carry, num_back = repeat_until_done(
+                solver, step, stop_gradient(carry), num_last, self.checkpoints, probe
+            )
+            count = num_head + num_back
+        else:
+            carry, count = repeat_until_negligible(
+                step, solver.is_done, stop_gradient(start), solver.max_steps, self.rtol, probe
+            )
+            num_back = count  # `estimate` knows better, after the way back
         x, new_state = solver.finish(condition, carry)
-        return x, new_state, num_head + num_tail, num_tail
+        return x, new_state, count, num_back
+
+    def estimate(
+        self,
+        problem: Bilevel,
+        inner_solver: AbstractInnerSolver,
+        x0: PyTree,
+        theta: PyTree,
+        state: HypergradientState,
+    ) -> tuple[Estimate, HypergradientState]:
+        estimate, state, seen = differentiate_through(
+            self.unroll, problem, inner_solver, x0, theta, state, self.growth_limit(state.x)
+        )
+        if isinstance(self.num_steps, int) or seen is None:
+            return estimate, state
+        norm = tree_norm(estimate.grad)
+        error = jnp.maximum(seen.remainder, seen.jacobian_error * norm)
+        result = RESULTS.where(error <= self.rtol * norm, RESULTS.successful, RESULTS.inaccurate)
+        result = RESULTS.where(seen.is_growing > 0, RESULTS.burn_in, result)
+        num_steps = estimate.stats["num_inner_steps"]
+        num_back = seen.num_back.astype(jnp.int32)
+        # a tangent costs about a Hessian product and a cross product
+        counts = Counts(2 * num_steps + 2 * num_back + 2, num_steps + num_back, num_back)
+        return (
+            dataclasses.replace(
+                estimate,
+                error_estimate=error,
+                result=first_failure(estimate.result, result),
+                stats=as_stats(counts, num_steps, 0),
+            ),
+            state,
+        )
+
+    def _while_loop(
+        self,
+        cond_fun: Callable,
+        body_fun: Callable,
+        init_val: PyTree,
+        *,
+        max_steps: int | None,
+    ) -> PyTree:
+        """The loop of an Optimistix solver, differentiated where it matters."""
+        if max_steps is None:
+            raise ValueError(
+                "Truncated('auto') needs a bound on the number of steps: pass max_steps=... ."
+            )
+        return repeat_until_negligible(
+            body_fun,
+            lambda carry: jnp.logical_not(cond_fun(carry)),
+            stop_gradient(init_val),
+            max_steps,
+            self.rtol,
+            None,
+        )[0]
 
 
 def _check_every_step_moves(solver: optx.AbstractIterativeSolver) -> None:
