@@ -165,11 +165,17 @@ def without_zero_over_zero(fn: Callable, *example: PyTree) -> Callable:
     or not finite, so nothing that was finite is changed but a root that is not multiplied
     by zero (a norm), whose subgradient is zero, too.
     """
-    return rewrite(fn, _GUARDS, *example)
+    if rewrite(fn, _GUARDS, *example) is fn:
+        return fn
+    return rewrite(fn, {**_GUARDS, **_GUARDS_OF_PRODUCTS}, *example)
 
 
-def _guard(primitive: Primitive) -> Rule:
-    """The rule for a primitive that is singular where its last operand is zero."""
+def _guard(primitive: Primitive, at_zero: bool) -> Rule:
+    """The rule for a primitive that is singular where its last operand is zero, or nowhere.
+
+    No derivative there, nor where the value is not finite (the root of a negative number,
+    and what a line search computes from it before it discards it).
+    """
 
     def rule(run: Callable, params: dict, operands: list) -> list | None:
         del run
@@ -182,10 +188,14 @@ def _guard(primitive: Primitive) -> Rule:
 
         @guarded.defjvp
         def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-            *others, x = primals
-            safe = jnp.where(x == 0, 1, x)
-            _, slope = jax.jvp(lambda *z: primitive.bind(*z, **params), (*others, safe), tangents)
-            return guarded(*primals), jnp.where(x == 0, 0, slope)
+            value = guarded(*primals)
+            is_singular = ~jnp.isfinite(value)
+            if at_zero:
+                is_singular |= primals[-1] == 0
+            safe = tuple(jnp.where(is_singular, 1, x) for x in primals)
+            along = tuple(jnp.broadcast_to(x, value.shape) for x in tangents)
+            _, slope = jax.jvp(lambda *x: primitive.bind(*x, **params), safe, along)
+            return value, jnp.where(is_singular, 0, slope)
 
         return [guarded(*operands)]
 
@@ -193,8 +203,10 @@ def _guard(primitive: Primitive) -> Rule:
 
 
 _GUARDS: dict[str, Rule] = {
-    "div": _guard(primitives.div_p),
-    "sqrt": _guard(primitives.sqrt_p),
-    "rsqrt": _guard(primitives.rsqrt_p),
-    "integer_pow": _guard(primitives.integer_pow_p),
+    "div": _guard(primitives.div_p, at_zero=True),
+    "sqrt": _guard(primitives.sqrt_p, at_zero=True),
+    "rsqrt": _guard(primitives.rsqrt_p, at_zero=True),
+    "integer_pow": _guard(primitives.integer_pow_p, at_zero=True),
 }
+# Not singular, but with a factor that is not finite, `0 * inf` in the derivative
+_GUARDS_OF_PRODUCTS: dict[str, Rule] = {"mul": _guard(primitives.mul_p, at_zero=False)}
