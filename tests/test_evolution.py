@@ -316,6 +316,9 @@ def test_mistakes_are_named():
             run(inner_solver=solver, rule=rule, state=other)
         with pytest.raises(TypeError, match=r"bx.Given|has none"):
             run(inner_solver=bx.Given(), rule=rule)
+    _, other = run(inner_solver=solver, rule=bx.PersistentES(key, num_steps=3, num_pairs=7))
+    with pytest.raises(ValueError, match="another number of pairs"):
+        run(inner_solver=solver, rule=rule, state=other)
     with pytest.raises(ValueError, match="12 steps and PersistentES.num_steps=5"):
         run(inner_solver=solver, rule=bx.PersistentES(key, num_steps=5))
     for sigma in ({"a": 0.1}, {"a": jnp.ones(2), "b": 0.1}, jnp.ones(3)):

@@ -43,10 +43,12 @@ class PersistentES(AbstractEvolution):
 
     **Arguments:**
 
-    - `key`, `num_pairs`, `sigma`, `batch_size`: as in `EvolutionStrategies`.
+    - `key`, `num_pairs`, `sigma`: as in `EvolutionStrategies`.
     - `num_steps`: the length of a window. It divides the number of steps of the inner
         solver, which has to be one with steps: `Descent` (`num_steps`), an Optimistix
         solver (`max_steps`).
+    - `batch_size`: how many of the `2 num_pairs + 1` solves advance side by side; by
+        default all.
 
     The solves live in the state: pass it on, as `solve` does. Where `x0` is a function of
     theta, use `solve`, since `bx.hypergradient(state=...)` replaces `x0`.
@@ -142,6 +144,7 @@ class PersistentES(AbstractEvolution):
         directions = draw(key, self.num_pairs, theta)
         every_direction = self._all(directions)
         fresh, structure = self._begin(problem, solver, x0, theta, every_direction)
+        _check_same_particles(episode.carries, fresh)
         is_first = episode.window == 0
         carries = tree_where(is_first, fresh, episode.carries)
         before = tree_where(is_first, tree_zeros_like(episode.sums), episode.sums)
@@ -235,6 +238,14 @@ class _Episode(eqx.Module):
     num_estimates: Int[Array, ""]  # for the key
     # never
     x0: PyTree[Array] | None  # None if the start is a function of theta
+
+
+def _check_same_particles(carries: list[Array], fresh: list[Array]) -> None:
+    if [a.shape for a in carries] != [a.shape for a in fresh]:
+        raise ValueError(
+            "`state` does not fit: it comes from PersistentES with another number of pairs, or "
+            "with another inner solver. Give the state that the same call returned, or state=None."
+        )
 
 
 def _start_of_episodes(episode: _Episode, x0: PyTree) -> PyTree:
