@@ -7,7 +7,6 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._hypergradient._implicit import Implicit
-from .._hypergradient._minimum_norm import MinimumNorm
 from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver
 from .._linear import MINRES
 from .._problem import Bilevel
@@ -15,7 +14,7 @@ from .._tree import default_rtol, tree_size
 from ._choice import PRODUCT, Choice
 from ._prospect import Inner
 from ._spectrum import Spectrum, spectrum
-from ._trial import Trial, try_linear_solvers
+from ._trial import Trial, try_linear_solvers, try_minimum_norm
 
 _LANCZOS_STEPS = 20
 # A hypergradient this far off belongs to no neighbourhood of the solution.
@@ -28,6 +27,8 @@ def choose_implicit(
     """The implicit rule, or the reason why the steps should be differentiated."""
     ends = spectrum(problem, inner.x, theta, _LANCZOS_STEPS)
     trial = try_linear_solvers(problem, inner, theta, rtol, ends)
+    if trial.outcome == "singular":
+        trial = try_minimum_norm(problem, inner, theta, rtol)._replace(outcome="singular")
     measured = {
         "curvature": ends.verdict,
         "condition": ends.condition,
@@ -60,7 +61,7 @@ def _choose(
             "the adjoint system is singular, so that there are many inner solutions: this is the "
             "response of smallest norm"
         )
-        return Choice(MinimumNorm(inexact=is_fixed), reason)
+        return Choice(dataclasses.replace(trial.rule, inexact=is_fixed), reason)
     return _regular(problem, inner, ends, trial, rtol, is_fixed)
 
 

@@ -1,10 +1,12 @@
 """What `recommend` found out: one record, and how it reads."""
 
 import dataclasses
+import inspect
 import math
 from typing import Any
 
 from .._hypergradient._base import AbstractHypergradient
+from .._inner._optimistix import Optimistix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,24 +71,27 @@ class Recommendation:
 
 def describe(choice: Any) -> str:
     """A rule or a solver as one would write it: what differs from the defaults only."""
+    if isinstance(choice, Optimistix):
+        return describe(choice.solver)
     if not dataclasses.is_dataclass(choice):
         return getattr(choice, "__name__", type(choice).__name__)
     parts = []
-    for field in dataclasses.fields(choice):
-        value = getattr(choice, field.name)
-        default = field.default
-        if value is default or (isinstance(value, (str, int, float)) and value == default):
+    parameters = inspect.signature(type(choice).__init__).parameters
+    for k, (name, parameter) in enumerate(list(parameters.items())[1:]):
+        value = getattr(choice, name, None)
+        shown = _shown(value)
+        if shown is None or _shown(parameter.default) == shown:
             continue
-        if value is None or field.name == "optimizer":
-            continue
-        if isinstance(value, bool | int | str):
-            shown = repr(value)
-        elif isinstance(value, float):
-            shown = f"{value:.1g}"
-        elif dataclasses.is_dataclass(value):
-            shown = describe(value)
-        else:
-            continue
-        parts.append(f"{field.name}={shown}")
+        parts.append(shown if k == 0 else f"{name}={shown}")
     prefix = "bx." if type(choice).__module__.startswith("bilevax") else ""
     return f"{prefix}{type(choice).__name__}({', '.join(parts)})"
+
+
+def _shown(value: Any) -> str | None:
+    """A number, a string or another choice; nothing for what says nothing in a line."""
+    if isinstance(value, bool | int | str):
+        return repr(value)
+    if isinstance(value, float):
+        return f"{value:.2g}"
+    is_choice = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return describe(value) if is_choice else None

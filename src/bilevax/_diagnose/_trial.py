@@ -9,7 +9,8 @@ from jaxtyping import PyTree
 
 from .._hypergradient._base import Estimate
 from .._hypergradient._implicit import Implicit
-from .._linear import CG, GMRES, Neumann
+from .._hypergradient._minimum_norm import MinimumNorm
+from .._linear import CG, GMRES, MINRES, Neumann
 from .._linear._solve_linear import DIRECT_SIZE
 from .._precondition import Jacobi
 from .._problem import Bilevel, FixedPoint
@@ -30,7 +31,7 @@ _MAX_TERMS = 60
 class Trial(NamedTuple):
     """The cheapest linear solve that is accurate enough."""
 
-    rule: Implicit
+    rule: Any  # an implicit rule
     num_products: int
     error: float  # of the hypergradient, relative, because of the linear solve
     error_of_x: float  # because of x, at first order
@@ -92,6 +93,33 @@ def try_linear_solvers(
     return found
 
 
+def try_minimum_norm(problem: Bilevel, inner: Inner, theta: PyTree, rtol: float) -> Trial:
+    """For a singular system: one solve for `v` of smallest norm where it is accurate enough.
+
+    `MinimumNorm` solves with safeguards: for every outer variable, or twice, which shows
+    whether the solutions move smoothly. Where it finds that they do, once is enough.
+    """
+    x, dtype = inner.x, tree_dtype(inner.x)
+    safe = look_at_gradient(problem, x, theta, MinimumNorm())
+    products, outcome = _num_products(safe), outcome_name(safe.result)
+    costs = {"MinimumNorm": products}
+    found = Trial(MinimumNorm(), products, 0.0, 0.0, outcome, costs)
+    if outcome != "successful" or not problem.inner.is_symmetric:
+        return found
+    for factor in _LADDER:
+        tolerance = factor * rtol
+        solver = MINRES(rtol=jnp.asarray(tolerance, dtype), minimum_norm=True)
+        looked = look_at_gradient(problem, x, theta, Implicit(solver))
+        error, products = relative_difference(looked.grad, safe.grad), _num_products(looked)
+        if outcome_name(looked.result) == "successful" and error <= _SHARE * rtol:
+            costs = costs | {"MINRES": products}
+            if products > 0.7 * found.num_products:
+                return found._replace(costs=costs)
+            rule = Implicit(MINRES(rtol=_rounded(tolerance), minimum_norm=True))
+            return Trial(rule, products, error, 0.0, outcome, costs)
+    return found
+
+
 def _num_terms(problem: Bilevel, rtol: float, ends: Spectrum) -> int:
     """Of the Neumann series of a fixed point, by its contraction; 0 if there are too many."""
     rate = ends.spectral_radius
@@ -104,8 +132,12 @@ def _num_terms(problem: Bilevel, rtol: float, ends: Spectrum) -> int:
 def _with_number(rule: Implicit, rtol: float) -> Implicit:
     """The tolerance as a number: for people, and for comparisons of rules."""
     solver: Any = rule.linear_solver
-    solver = type(solver)(rtol=float(f"{rtol:.1g}"))
+    solver = type(solver)(rtol=_rounded(rtol))
     return Implicit(solver, preconditioner=rule.preconditioner)
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.1g}")
 
 
 def _num_products(estimate: Estimate) -> int:

@@ -4,17 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._diagnose._picture import import_pyplot
+
 if TYPE_CHECKING:
     from ._history import History
-
-
-def import_pyplot() -> Any:
-    """matplotlib.pyplot, or a message that says how to get it."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'bilevax[plot]'.") from error
-    return plt
 
 
 def plot_history(history: "History", axes: Any = None) -> Any:

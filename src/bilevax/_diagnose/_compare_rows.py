@@ -1,0 +1,98 @@
+"""What `compare` measures of each rule, and of the inner steps."""
+
+from typing import Any
+
+from jaxtyping import PyTree
+
+from .._hypergradient._base import AbstractHypergradient
+from .._hypergradient._forward_mode import ForwardMode
+from .._hypergradient._through_steps import AbstractThroughSteps
+from .._inner._base import AbstractInnerSolver
+from .._problem import Bilevel
+from ._compare_rules import Setting
+from ._comparison import ErrorCurve, MeasuredRule
+from ._costs import Program, compile_forward, compile_rule, outcome_of, time_in_turn
+from ._curves import error_curve
+from ._prospect import look_at_inner, relative_difference
+from ._recommendation import describe
+from ._reference import Reference
+
+_MAX_CURVE_STEPS = 1000
+
+
+def measure_rules(
+    problem: Bilevel,
+    setting: Setting,
+    x0: PyTree,
+    theta: PyTree,
+    rules: dict[str, AbstractHypergradient],
+    reference: Reference,
+    num_rounds: int,
+) -> tuple[MeasuredRule, ...]:
+    """Compile everything, then time it in turn."""
+    programs: dict[Any, Program] = {}
+    failures: dict[str, str] = {}
+    solvers: dict[str, tuple[AbstractInnerSolver, PyTree]] = {}
+    for name, rule in rules.items():
+        through_steps = isinstance(rule, AbstractThroughSteps | ForwardMode)
+        if through_steps and setting.stepping is not None:
+            solvers[name] = setting.stepping, x0
+        else:
+            solvers[name] = setting.solver, setting.x0
+        solver, start = solvers[name]
+        try:
+            programs[name] = compile_rule(problem, solver, rule, start, theta)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            failures[name] = _first_sentence(error)
+    for solver, start in solvers.values():
+        if id(solver) not in programs:
+            programs[id(solver)] = compile_forward(problem, solver, start, theta)
+    seconds = time_in_turn(programs, num_rounds)
+    rows = []
+    for name in rules:
+        solver = solvers[name][0]
+        label = describe(solver).replace("bx.", "")
+        if name in failures:
+            rows.append(MeasuredRule(name, label, message=failures[name]))
+            continue
+        grad, code, stats = programs[name].output
+        forward, whole = seconds[id(solver)], seconds[name]
+        host = setting.host_seconds or 0.0 if solver is setting.solver else 0.0
+        rows.append(
+            MeasuredRule(
+                name=name,
+                inner_solver=label,
+                error=relative_difference(grad, reference.grad),
+                forward_seconds=forward + host,
+                backward_seconds=max(whole - forward, 0.0),
+                memory_bytes=programs[name].memory_bytes,
+                outcome=outcome_of(code),
+                **{key: int(value) for key, value in stats.items()},
+            )
+        )
+    return tuple(rows)
+
+
+def measure_curve(
+    problem: Bilevel,
+    setting: Setting,
+    x0: PyTree,
+    theta: PyTree,
+    reference: Reference,
+    num_steps: int | None,
+) -> ErrorCurve | None:
+    solver = setting.stepping
+    if solver is None:
+        return None
+    if num_steps is None:
+        num_steps = solver.max_steps
+        if not solver.is_fixed_length:
+            num_steps = look_at_inner(problem, solver, x0, theta).num_steps
+    num_steps = max(min(num_steps, _MAX_CURVE_STEPS), 1)
+    name = describe(solver).replace("bx.", "")
+    return error_curve(problem, solver, name, x0, theta, num_steps, reference.x, reference.grad)
+
+
+def _first_sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text.split(". ")[0].rstrip(".") + "."
