@@ -89,14 +89,13 @@ def hypergradients(num_steps: int, parameters: Any, data: Any) -> dict[str, Call
         return outer(x, theta, validation)
 
     def after_optimistix(theta: Any) -> Any:
-        # one more than the updates: the first step of an OptaxMinimiser only evaluates
         solver = optx.OptaxMinimiser(optimizer(theta), rtol=0.0, atol=0.0)
         solution = optx.minimise(
             lambda x, theta: inner(x, theta, train),
             solver,
             parameters,
             args=theta,
-            max_steps=num_steps + 1,
+            max_steps=num_steps,
             adjoint=optx.RecursiveCheckpointAdjoint(),
             throw=False,
         )
