@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, PyTree, Scalar
 
@@ -139,7 +140,7 @@ class KStep(AbstractHypergradient):
             is_damped = isinstance(solver, optx.FixedPointIteration)
             step_size = 1 - solver.damp if is_damped else 1.0
         elif step_size is None and kind != "root_find" and isinstance(solver, optx.GradientDescent):
-            step_size = solver.search.learning_rate
+            step_size = jnp.asarray(solver.search.learning_rate)
         return StepSeries(self.num_steps, step_size, kind == "root_find")
 
 
