@@ -144,7 +144,9 @@ def _forward(apply: Callable, state: State, length: int) -> tuple[State, _Kept]:
     slope = jtu.tree_map(jnp.subtract, after[1], state[1])
     kept = _Kept(now, first, state, slope, scales, ratio, jnp.array(True))
     is_right = (gamma > 0) & (gamma <= 1)
-    is_right &= jnp.abs(gamma - ratio[0] / ratio[1].astype(gamma.dtype)) <= _eps(gamma)
+    is_right &= jnp.abs(
+        gamma - ratio[0].astype(gamma.dtype) / ratio[1].astype(gamma.dtype)
+    ) <= _eps(gamma)
 
     def body(_: Any, carry: tuple) -> tuple:
         now, is_right = carry
@@ -164,12 +166,12 @@ def _forward(apply: Callable, state: State, length: int) -> tuple[State, _Kept]:
 def _step_ahead(apply: Callable, kept: _Kept, now: _Now) -> tuple[_Now, Bool[Array, ""]]:
     n, d = kept.ratio
     # 1. a full buffer is put aside
-    is_full = (now.bound + 1) * d >= _LARGEST
+    is_full = (now.bound + 1) * d.astype(now.bound.dtype) >= _LARGEST
     place = jnp.where(is_full, now.num_words, now.pushed_at.size)  # beyond the end: dropped
     now = now._replace(
         words=jtu.tree_map(lambda w, b: w.at[place].set(b, mode="drop"), now.words, now.buffer),
         pushed_at=now.pushed_at.at[place].set(now.count, mode="drop"),
-        num_words=now.num_words + is_full,
+        num_words=now.num_words + is_full.astype(jnp.int64),
         buffer=jtu.tree_map(lambda b: jnp.where(is_full, 0, b), now.buffer),
         bound=jnp.where(is_full, 0.0, now.bound),
     )
@@ -185,7 +187,7 @@ def _step_ahead(apply: Callable, kept: _Kept, now: _Now) -> tuple[_Now, Bool[Arr
     new = now._replace(
         integers=_Integers(x, trace),
         buffer=jtu.tree_map(lambda b: b // n, full),
-        bound=(now.bound + 1) * d / n,
+        bound=(now.bound + 1) * d.astype(now.bound.dtype) / n.astype(now.bound.dtype),
         count=now.count + 1,
     )
     return new, is_finite & is_small
@@ -207,7 +209,7 @@ def _step_back(apply: Callable, kept: _Kept, now: _Now) -> _Now:
     return now._replace(
         integers=_Integers(x, trace),
         buffer=jtu.tree_map(lambda b, w: jnp.where(was_full, w[top], b), buffer, now.words),
-        num_words=now.num_words - was_full,
+        num_words=now.num_words - was_full.astype(jnp.int64),
     )
 
 
@@ -235,23 +237,20 @@ def _numbers(apply: Callable, state: State) -> tuple[Scalar, Scalar]:
     ones = jtu.tree_map(jnp.ones_like, trace)
     zeros = jtu.tree_map(jnp.zeros_like, x)
     tangent = _with_parts(state, zeros, ones)[0]
-    (moved, _), _ = _jvp(apply, state, tangent)
+    _, moved = jax.jvp(lambda floats: apply((floats, state[1]))[0], (state[0],), (tangent,))
     x_dot, trace_dot = _float_parts((moved, state[1]))
     first = [jnp.ravel(jtu.tree_leaves(a)[0])[0].astype(jnp.float64) for a in (trace_dot, x_dot)]
     return first[0], first[1]
 
 
-def _jvp(apply: Callable, state: State, tangent: PyTree) -> tuple[State, None]:
-    _, moved = jax.jvp(lambda f: apply((f, state[1]))[0], (state[0],), (tangent,))
-    return (moved, state[1]), None
-
-
 def _agrees(state: State, expected: State, before: State, scales: tuple) -> Bool[Array, ""]:
     """Whether a step of integers is the step of floating-point numbers, up to rounding."""
     is_right = jnp.array(True)
-    parts = zip(_float_parts(state), _float_parts(expected), _float_parts(before), scales)
+    parts = zip(
+        _float_parts(state), _float_parts(expected), _float_parts(before), scales, strict=True
+    )
     for ours, theirs, old, scale in parts:
-        eps = max(jnp.finfo(leaf.dtype).eps for leaf in jtu.tree_leaves(ours))
+        eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jtu.tree_leaves(ours))
         unit = jnp.maximum(jnp.maximum(_largest(theirs), _largest(old)), 2.0**_START_BITS / scale)
         gap = _largest(jtu.tree_map(jnp.subtract, ours, theirs))
         is_right &= gap <= 64 * eps * unit
@@ -278,7 +277,8 @@ def _as_fraction(value: Scalar) -> tuple[Array, Array]:
         lambda c: keep_going(c) & (c[-1] < 40) & (jnp.abs(c[2]) < _MAX_DENOMINATOR), body, start
     )
     sign = jnp.sign(d)
-    return tuple(jnp.maximum((sign * a).astype(jnp.int64), 1) for a in (n, d))  # type: ignore[return-value]
+    n, d = (jnp.maximum((sign * a).astype(jnp.int64), 1) for a in (n, d))
+    return n, d
 
 
 def _eps(value: Scalar) -> float:
@@ -295,6 +295,10 @@ def _to_int(tree: PyTree, scale: Scalar) -> PyTree:
     return jtu.tree_map(lambda a: jnp.round(a.astype(scale.dtype) * scale).astype(jnp.int64), tree)
 
 
+def _to_float(tree: PyTree, like: PyTree, scale: Scalar) -> PyTree:
+    return jtu.tree_map(lambda i, a: (i.astype(scale.dtype) / scale).astype(a.dtype), tree, like)
+
+
 def _largest(tree: PyTree) -> Scalar:
     sizes = [jnp.max(jnp.abs(a.astype(jnp.float64))) for a in jtu.tree_leaves(tree) if a.size]
     return jnp.max(jnp.stack(sizes)) if sizes else jnp.zeros((), jnp.float64)
@@ -307,10 +311,9 @@ def _equal(a: PyTree, b: PyTree) -> Bool[Array, ""]:
 
 def _state_at(kept: _Kept, integers: _Integers, count: Array) -> State:
     """The carry in floating-point numbers."""
-    floats = [
-        jtu.tree_map(lambda i, a: (i.astype(scale.dtype) / scale).astype(a.dtype), part, like)
-        for part, like, scale in zip(integers, _float_parts(kept.state), kept.scales, strict=True)
-    ]
+    x, trace = _float_parts(kept.state)
+    floats = [_to_float(integers.x, x, kept.scales[0])]
+    floats.append(_to_float(integers.trace, trace, kept.scales[1]))
     rest = jtu.tree_map(lambda a, s: a + count.astype(a.dtype) * s, kept.state[1], kept.slope)
     return _with_parts((kept.state[0], rest), *floats)
 

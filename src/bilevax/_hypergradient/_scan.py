@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 from ._binomial import repeat_from_checkpoints
 from ._budget import MemoryBudget, num_bytes, residual_bytes
 from ._probe import Probe, tap
+from ._reversible import repeat_reversibly
 
 Checkpoints = Literal["sqrt", "all", "reversible"] | int | MemoryBudget
 
@@ -64,6 +65,8 @@ def repeat(
     "all" keeps the carry of every step, but nothing from inside a step, which a plain scan
     keeps too, and which makes it slower for it. `probe`: see `_probe.py`.
     """
+    if checkpoints == "reversible":
+        return repeat_reversibly(step, carry, length, probe)
     if isinstance(checkpoints, MemoryBudget):
         checkpoints = checkpoints.policy(step, carry, length)
     if isinstance(checkpoints, int):
