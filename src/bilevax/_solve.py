@@ -13,7 +13,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
+from ._diagnose._recommend import recommend
+from ._diagnose._recommendation import describe
+from ._hypergradient._base import AbstractHypergradient
 from ._hypergradient._entry import check_types
+from ._hypergradient._implicit import Implicit
 from ._inner._external import External
 from ._inner._optimistix import check_positive
 from ._outer._base import AbstractMethod
@@ -36,6 +40,7 @@ def solve(
     theta0: PyTree,
     method: AbstractMethod | None = None,
     *,
+    rule: AbstractHypergradient | str | None = None,
     num_steps: int = 100,
     rtol: float = 0.0,
     atol: float = 0.0,
@@ -53,6 +58,9 @@ def solve(
         a function of theta.
     - `theta0`: the first theta.
     - `method`: `bx.DoubleLoop()` by default.
+    - `rule`: short for `method=bx.DoubleLoop(hypergradient=rule)`; with a `DoubleLoop` that
+        leaves its rule open it goes into that. `"auto"` takes the rule that `bx.recommend`
+        finds at `theta0`; `print(solution)` says which, and why.
     - `num_steps`: the most outer steps.
     - `rtol`, `atol`: stop when the hypergradient norm is at most
         `atol + rtol * (norm at theta0)`. By default all steps are made.
@@ -88,15 +96,19 @@ def solve(
         ```
     """
     method = DoubleLoop() if method is None else method
+    check_positive(num_steps, "num_steps")
+    check_positive(callback_every, "callback_every")
     if not isinstance(method, AbstractMethod):
         raise TypeError(
             "`method` must be bx.DoubleLoop(...) or bx.MAID(...); got "
             f"{type(method).__name__}. An optimiser, an inner solver or a rule goes into it: "
             "bx.DoubleLoop(optimizer=...)."
         )
-    check_positive(num_steps, "num_steps")
-    check_positive(callback_every, "callback_every")
+    reason = None
+    if rule is not None:
+        method, reason = _with_rule(method, rule, problem, x0, theta0)
     run = _Run(problem, x0, theta0, method)
+    run.rule_reason = reason
     with Interrupt() as interrupt:
         stopped_by = run.loop(
             num_steps, (rtol, atol), callback, callback_every, progress, interrupt
@@ -105,6 +117,33 @@ def solve(
     solution = run.solution(stopped_by)
     _report_failures(solution, throw)
     return solution
+
+
+def _with_rule(
+    method: AbstractMethod, rule: Any, problem: Bilevel, x0: PyTree, theta0: PyTree
+) -> tuple[DoubleLoop, str | None]:
+    """The double loop with this rule and, if it was chosen here, which one and why."""
+    is_open = (
+        isinstance(method, DoubleLoop)
+        and isinstance(method.hypergradient, Implicit)
+        and method.hypergradient == Implicit()
+    )
+    if not is_open:
+        raise ValueError(
+            "solve(rule=...) is for bx.DoubleLoop(...) without a rule of its own; got "
+            f"method={type(method).__name__}, which has one. Leave out one of the two."
+        )
+    assert isinstance(method, DoubleLoop)
+    if isinstance(rule, str) and rule != "auto":
+        raise ValueError(f"solve(rule=...) must be a rule or 'auto'; got {rule!r}.")
+    if not isinstance(rule, str):
+        check_types(problem, rule)
+        return dataclasses.replace(method, hypergradient=rule), None
+    advice = recommend(problem, x0, theta0, inner_solver=method.inner_solver)
+    reason = f"{describe(advice.rule)}, because {advice.reason}"
+    if advice.warning:
+        reason += f". Warning: {advice.warning}"
+    return dataclasses.replace(method, hypergradient=advice.rule), reason
 
 
 class _Run:
@@ -129,6 +168,7 @@ class _Run:
         self.num_moves = 0
         self.num_rows = 0
         self.singular_since: int | None = None
+        self.rule_reason: str | None = None
 
     def loop(
         self,
@@ -261,6 +301,7 @@ class _Run:
             "num_flagged": int(np.sum(history.result != "successful")),
             "stopped_by": stopped_by,
             "singular_since": self.singular_since,
+            "rule_reason": self.rule_reason,
             "seconds": time.perf_counter() - self.start_time,
             "seconds_first_step": float(history.seconds[0]),
             **{name: int(np.sum(getattr(history, name))) for name in COUNTS},

@@ -7,8 +7,6 @@ import numpy as np
 from ._comparison import ErrorCurve, MeasuredRule, RuleComparison
 from ._comparison_text import size
 
-_FLOOR = 1e-16  # a logarithm wants no zero
-
 
 def import_pyplot() -> Any:
     """matplotlib.pyplot, or a message that says how to get it."""
@@ -22,24 +20,25 @@ def import_pyplot() -> Any:
 def plot_comparison(found: RuleComparison) -> Any:
     """Error against inner steps; error against time, the memory as the size of the points."""
     plt = import_pyplot()
+    floor = float(np.finfo(found.dtype).eps)  # below it is rounding; a logarithm has no zero
     width = 14 if found.curve is not None else 7
     figure, axes = plt.subplots(
         1, 2 if found.curve is not None else 1, figsize=(width, 4.6), layout="constrained"
     )
     axes = np.atleast_1d(axes)
     if found.curve is not None:
-        _plot_curve(axes[0], found.curve)
-    _plot_rules(axes[-1], [row for row in found.rows if row.is_usable])
+        _plot_curve(axes[0], found.curve, floor)
+    _plot_rules(axes[-1], [row for row in found.rows if row.is_usable], floor)
     return figure
 
 
-def _plot_curve(axis: Any, curve: ErrorCurve) -> None:
+def _plot_curve(axis: Any, curve: ErrorCurve, floor: float) -> None:
     for name, values, style in (
         ("approximate the gradient:\nimplicit hypergradient at $x_k$", curve.implicit, "o-"),
         ("approximate the solution:\nderivative of the first k steps", curve.unrolled, "s-"),
         ("distance of $x_k$ to the solution", curve.distance, "k:"),
     ):
-        shown = np.maximum(np.asarray(values, float), _FLOOR)
+        shown = np.maximum(np.asarray(values, float), floor)
         if np.any(np.isfinite(shown)):
             axis.loglog(curve.num_steps, shown, style, label=name, markersize=5)
     axis.set(
@@ -51,12 +50,12 @@ def _plot_curve(axis: Any, curve: ErrorCurve) -> None:
     axis.legend(fontsize=9)
 
 
-def _plot_rules(axis: Any, rows: list[MeasuredRule]) -> None:
+def _plot_rules(axis: Any, rows: list[MeasuredRule], floor: float) -> None:
     """A point for each rule, from the time of the inner solve to that of everything."""
     most = max((row.memory_bytes for row in rows), default=1) or 1
     for k, row in enumerate(rows):
         whole = 1e3 * (row.forward_seconds + row.backward_seconds)
-        error, color = max(row.error, _FLOOR), f"C{k % 10}"
+        error, color = max(row.error, floor), f"C{k % 10}"
         area = 30 + 500 * (row.memory_bytes / most) ** 0.5
         is_good = row.outcome == "successful"
         flag = "" if is_good else f"\n({row.outcome.replace('_', ' ')})"
