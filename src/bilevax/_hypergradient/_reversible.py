@@ -34,7 +34,7 @@ def repeat_reversibly(
 ) -> PyTree[Array]:
     """`step`, an update of `optax.sgd(learning_rate, momentum=...)`, applied `length` times.
 
-    Keeps the last carry, the first, and the bits that momentum loses, `log2(1 / momentum)` a
+    Keeps the last carry, the first (by which the way back is verified), and the bits that momentum loses, `log2(1 / momentum)` a
     step and entry in words of 36 to 60 bits; there is room for one word in 100 steps.
     The way back takes every step again backwards, and differentiates it.
 
@@ -59,7 +59,7 @@ def repeat_reversibly(
         def body(carry: tuple) -> tuple:
             now, adjoint, total, evidence = carry
             now = _step_back(steps.apply, kept, now)
-            state = _state_at(kept, now.integers, now.count)
+            state = _state_at(kept, now.integers, now.num_steps)
             of_moving, adjoint = steps.pull_back(state, adjoint)
             if evidence is not None:
                 evidence = add_tap(evidence, adjoint[0])
@@ -67,7 +67,7 @@ def repeat_reversibly(
 
         zeros = tree_zeros_like((steps.moving, probe))
         start = (kept.last, adjoint, *zeros)
-        now, *out = jax.lax.while_loop(lambda c: c[0].count > 0, body, start)
+        now, *out = jax.lax.while_loop(lambda c: c[0].num_steps > 0, body, start)
         is_right = kept.is_right & _equal(now.integers, kept.first)
         adjoint, total, evidence = jtu.tree_map(lambda a: jnp.where(is_right, a, jnp.nan), out)
         return total, adjoint, evidence
@@ -86,7 +86,7 @@ def there_and_back(
 
     _, kept = _forward(apply, _split(carry), length)
     now = jax.lax.while_loop(
-        lambda now: now.count > 0, lambda now: _step_back(apply, kept, now), kept.last
+        lambda now: now.num_steps > 0, lambda now: _step_back(apply, kept, now), kept.last
     )
     return kept.first, now.integers
 
@@ -105,7 +105,7 @@ class _Now(NamedTuple):
     pushed_at: Int[Array, " words"]
     num_words: Int[Array, ""]
     bound: Scalar  # of the entries of the buffer
-    count: Int[Array, ""]
+    num_steps: Int[Array, ""]
 
 
 class _Kept(NamedTuple):
@@ -139,7 +139,7 @@ def _forward(apply: Callable, state: State, length: int) -> tuple[State, _Kept]:
         pushed_at=jnp.full(room, -1, jnp.int64),
         num_words=jnp.asarray(0, jnp.int64),
         bound=jnp.zeros((), jnp.float64),
-        count=jnp.asarray(0, jnp.int64),
+        num_steps=jnp.asarray(0, jnp.int64),
     )
     slope = jtu.tree_map(jnp.subtract, after[1], state[1])
     kept = _Kept(now, first, state, slope, scales, ratio, jnp.array(True))
@@ -150,16 +150,16 @@ def _forward(apply: Callable, state: State, length: int) -> tuple[State, _Kept]:
 
     def body(_: Any, carry: tuple) -> tuple:
         now, is_right = carry
-        before = _state_at(kept, now.integers, now.count)
+        before = _state_at(kept, now.integers, now.num_steps)
         now, is_finite = _step_ahead(apply, kept, now)
-        state = _state_at(kept, now.integers, now.count)
+        state = _state_at(kept, now.integers, now.num_steps)
         agrees = _agrees(state, apply(before), before, kept.scales)
         has_room = now.num_words < room
         return now, is_right & is_finite & agrees & has_room
 
     now, is_right = jax.lax.fori_loop(0, length, body, (now, is_right))
     kept = kept._replace(last=now, is_right=is_right)
-    final, rest = _state_at(kept, now.integers, now.count)
+    final, rest = _state_at(kept, now.integers, now.num_steps)
     return (jtu.tree_map(lambda a: jnp.where(is_right, a, jnp.nan), final), rest), kept
 
 
@@ -170,7 +170,7 @@ def _step_ahead(apply: Callable, kept: _Kept, now: _Now) -> tuple[_Now, Bool[Arr
     place = jnp.where(is_full, now.num_words, now.pushed_at.size)  # beyond the end: dropped
     now = now._replace(
         words=jtu.tree_map(lambda w, b: w.at[place].set(b, mode="drop"), now.words, now.buffer),
-        pushed_at=now.pushed_at.at[place].set(now.count, mode="drop"),
+        pushed_at=now.pushed_at.at[place].set(now.num_steps, mode="drop"),
         num_words=now.num_words + is_full.astype(jnp.int64),
         buffer=jtu.tree_map(lambda b: jnp.where(is_full, 0, b), now.buffer),
         bound=jnp.where(is_full, 0.0, now.bound),
@@ -188,14 +188,14 @@ def _step_ahead(apply: Callable, kept: _Kept, now: _Now) -> tuple[_Now, Bool[Arr
         integers=_Integers(x, trace),
         buffer=jtu.tree_map(lambda b: b // n, full),
         bound=(now.bound + 1) * d.astype(now.bound.dtype) / n.astype(now.bound.dtype),
-        count=now.count + 1,
+        num_steps=now.num_steps + 1,
     )
     return new, is_finite & is_small
 
 
 def _step_back(apply: Callable, kept: _Kept, now: _Now) -> _Now:
     n, d = kept.ratio
-    now = now._replace(count=now.count - 1)
+    now = now._replace(num_steps=now.num_steps - 1)
     update, _ = _update(apply, kept, now, now.integers.trace)
     x = jtu.tree_map(jnp.subtract, now.integers.x, update)
     now = now._replace(integers=now.integers._replace(x=x))
@@ -205,7 +205,7 @@ def _step_back(apply: Callable, kept: _Kept, now: _Now) -> _Now:
     trace = jtu.tree_map(lambda v, b: (v // n) * d + b % d, trace, full)
     buffer = jtu.tree_map(lambda b: b // d, full)
     top = jnp.maximum(now.num_words - 1, 0)
-    was_full = (now.num_words > 0) & (now.pushed_at[top] == now.count)
+    was_full = (now.num_words > 0) & (now.pushed_at[top] == now.num_steps)
     return now._replace(
         integers=_Integers(x, trace),
         buffer=jtu.tree_map(lambda b, w: jnp.where(was_full, w[top], b), buffer, now.words),
@@ -216,7 +216,7 @@ def _step_back(apply: Callable, kept: _Kept, now: _Now) -> _Now:
 def _gradient(apply: Callable, kept: _Kept, now: _Now) -> tuple[PyTree, Bool[Array, ""]]:
     """G(X): the momentum after a step that starts with none."""
     no_trace = now.integers._replace(trace=tree_zeros_like(now.integers.trace))
-    _, trace = _float_parts(apply(_state_at(kept, no_trace, now.count)))
+    _, trace = _float_parts(apply(_state_at(kept, no_trace, now.num_steps)))
     return _to_int(trace, kept.scales[1]), _largest(trace) * kept.scales[1] < _LARGEST
 
 
@@ -224,7 +224,7 @@ def _update(
     apply: Callable, kept: _Kept, now: _Now, trace: PyTree
 ) -> tuple[PyTree, Bool[Array, ""]]:
     """U(V'): the learning rate of this step times the new momentum."""
-    state = _state_at(kept, now.integers, now.count)
+    state = _state_at(kept, now.integers, now.num_steps)
     gamma, rate = _numbers(apply, jax.lax.stop_gradient(state))
     factor = rate / gamma * (kept.scales[0] / kept.scales[1])
     update = jtu.tree_map(lambda v: factor * v.astype(factor.dtype), trace)
