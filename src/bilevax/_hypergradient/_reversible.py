@@ -34,8 +34,9 @@ def repeat_reversibly(
 ) -> PyTree[Array]:
     """`step`, an update of `optax.sgd(learning_rate, momentum=...)`, applied `length` times.
 
-    Keeps the last carry, the first (by which the way back is verified), and the bits that momentum loses, `log2(1 / momentum)` a
-    step and entry in words of 36 to 60 bits; there is room for one word in 100 steps.
+    Keeps the last carry, the first (by which the way back is verified), and the bits that
+    momentum loses: `log2(1 / momentum)` a step and entry, in words of 36 to 60 bits. There
+    is room for one word in 100 steps.
     The way back takes every step again backwards, and differentiates it.
 
     The result is NaN, and so flagged, if a step is not one of momentum SGD (Nesterov's,
