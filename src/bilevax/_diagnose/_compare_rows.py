@@ -56,6 +56,7 @@ def measure_rules(
             rows.append(MeasuredRule(name, label, message=failures[name]))
             continue
         grad, code, stats = programs[name].output
+        counts: dict[str, Any] = {key: int(value) for key, value in stats.items()}
         forward, whole = seconds[id(solver)], seconds[name]
         host = setting.host_seconds or 0.0 if solver is setting.solver else 0.0
         rows.append(
@@ -67,7 +68,7 @@ def measure_rules(
                 backward_seconds=max(whole - forward, 0.0),
                 memory_bytes=programs[name].memory_bytes,
                 outcome=outcome_of(code),
-                **{key: int(value) for key, value in stats.items()},
+                **counts,
             )
         )
     return tuple(rows)

@@ -70,7 +70,9 @@ def error_curve(
     implicit, unrolled, distance = [], [], []
     is_differentiable = True
     for k in ks:
-        stopped = StoppedAfter(solver, jnp.asarray(k, jnp.int32), num_steps)
+        stopped = StoppedAfter(
+            solver=solver, num_steps=jnp.asarray(k, jnp.int32), max_steps=num_steps
+        )
         x, grad = _implicit_at(problem, stopped, x0, theta)
         implicit.append(relative_difference(grad, reference))
         distance.append(_distance(x, x_star))
