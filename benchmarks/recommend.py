@@ -22,7 +22,8 @@ def main() -> None:
     jax.config.update("jax_enable_x64", True)
     print_header(__doc__ or "")
     print(
-        f"Milliseconds of one hypergradient, the inner solve included, shortest of all rounds; wanted: relative error {RTOL}."
+        "Milliseconds of one hypergradient, the inner solve included, the shortest of all rounds; "
+        f"wanted: relative error {RTOL}."
     )
     print("Best: the fastest rule that has it, found by trying all. Ratio: recommended to best.\n")
     rows = []
