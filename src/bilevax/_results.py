@@ -71,9 +71,10 @@ class RESULTS(eqx.Enumeration):
         "bx.Unrolled() is exact for it."
     )
     diverged = (
-        "The linear solver diverged: its step size is too large for this system. Give a "
-        "smaller step_size, leave it None (it is then measured; for a fixed point it is 1, "
-        "which needs a contraction), or use CG() or lx.GMRES(...)."
+        "The linear solver, or the series of steps of a K-step rule, diverged: its step size is "
+        "too large for this system. Give a smaller step_size, leave it None (it is then "
+        "measured; for a fixed point it is 1, which needs a contraction), let the inner solver "
+        "take smaller steps, or use CG() or lx.GMRES(...)."
     )
 
 

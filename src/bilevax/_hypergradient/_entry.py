@@ -165,8 +165,8 @@ def check_types(problem: Any, rule: Any = None) -> None:
         if isinstance(rule, optax.GradientTransformation):
             hint = " An Optax optimiser goes into bx.DoubleLoop(optimizer=...)."
         raise TypeError(
-            "The rule must be bx.Implicit(), bx.MinimumNorm(), bx.Unrolled(), bx.Truncated(...) "
-            f"or bx.OneStep(); got {type(rule).__name__}.{hint}"
+            "The rule must be a rule of bilevax, bx.Implicit(), bx.Unrolled(), bx.Truncated(...), "
+            f"bx.OneStep() or another; got {type(rule).__name__}.{hint}"
         )
 
 

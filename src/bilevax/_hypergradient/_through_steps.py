@@ -61,7 +61,13 @@ class AbstractThroughSteps(AbstractHypergradient):
         state: HypergradientState,
     ) -> tuple[Estimate, HypergradientState]:
         return estimate_through(
-            self.unroll, problem, inner_solver, x0, theta, state, self.growth_limit(state.x)
+            self.unroll,
+            problem,
+            inner_solver,
+            x0,
+            theta,
+            state,
+            self.growth_limit(start_at(x0, theta)),
         )
 
     def solution(
@@ -118,7 +124,8 @@ def differentiate_through(
     max_growth: float | None,
 ) -> tuple[Estimate, HypergradientState, Probe | None]:
     """The same, and what was seen on the way back."""
-    no_probe = () if max_growth is None else (new_probe(tree_dtype(state.x)),)
+    dtype = tree_dtype(start_at(x0, theta))
+    no_probe = () if max_growth is None else (new_probe(dtype),)
 
     def truncated_problem(theta: PyTree, probe: tuple) -> tuple[Array, Any]:
         x, inner_state, num_steps, num_back = unroll(

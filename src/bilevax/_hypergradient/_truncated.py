@@ -190,8 +190,9 @@ class Truncated(AbstractThroughSteps):
         theta: PyTree,
         state: HypergradientState,
     ) -> tuple[Estimate, HypergradientState]:
+        limit = self.growth_limit(start_at(x0, theta))
         estimate, state, seen = differentiate_through(
-            self.unroll, problem, inner_solver, x0, theta, state, self.growth_limit(state.x)
+            self.unroll, problem, inner_solver, x0, theta, state, limit
         )
         if isinstance(self.num_steps, int) or seen is None:
             return estimate, state

@@ -113,8 +113,8 @@ class DoubleLoop(AbstractMethod):
         hypergradient = Implicit() if hypergradient is None else hypergradient
         if not isinstance(hypergradient, AbstractHypergradient):
             raise TypeError(
-                "`hypergradient` must be bx.Implicit(), bx.Unrolled(), bx.Truncated(...) or "
-                f"bx.OneStep(); got {type(hypergradient).__name__}."
+                "`hypergradient` must be a rule of bilevax, bx.Implicit(), bx.Unrolled(), "
+                f"bx.Truncated(...), bx.OneStep() or another; got {type(hypergradient).__name__}."
             )
         if start not in (None, *_STARTS):
             raise ValueError(
