@@ -161,6 +161,16 @@ def test_unrolled_equals_a_python_loop(name):
         assert relative_error(unrolled(optimiser, length).grad, expected) < 1e-12
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_every_optimiser_under_every_policy(name):
+    lengths = (100, 7, 2, 1)
+    for length, expected in zip(lengths, reference(OPTIMISERS[name], lengths), strict=True):
+        for checkpoints in ("all", 3) if length > 3 else ("sqrt", 1):
+            grad = unrolled(OPTIMISERS[name], length, checkpoints).grad
+            assert relative_error(grad, expected) < 1e-12, (length, checkpoints)
+
+
 @pytest.mark.parametrize("name", ["momentum", "adamw", "cosine"])
 def test_every_memory_policy_equals_a_python_loop(name):
     (expected,) = reference(OPTIMISERS[name], (100,))

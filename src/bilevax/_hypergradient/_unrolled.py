@@ -36,7 +36,11 @@ class Unrolled(AbstractThroughSteps):
         | `"all"` | K | 2K, and K back |
         | an integer s | s | at most `(r + 1) K`, and K back, `binom(s + r, r) >= K` |
         | `bx.MemoryBudget(num_bytes)` | as many as fit | the fewest |
-        | `"reversible"` | one | 2K, and K back; `optax.sgd(..., momentum=...)` only |
+        | `"reversible"` | one, and K / 100 words | 2K, and K back |
+
+        `"reversible"` runs `optax.sgd(learning_rate, momentum=...)` backwards exactly, in
+        64-bit integers; the words hold the bits that momentum loses. Other optimisers are
+        refused, or (Nesterov's, clipping) flagged as `nonfinite`.
 
     - `max_growth`: the outcome is `exploding` where the adjoint of x grows on the way back
         by more (`Estimate.adjoint_growth`); by default 1e8 in float64 and 1e5 in float32.
