@@ -46,9 +46,7 @@ def found():
         "unrolled": bx.Unrolled(),
         "wrong": bx.Implicit(bx.Neumann(20, step_size=10.0), inexact=True),
     }
-    return bx.compare(
-        PROBLEM, X0, THETA, rules, inner_solver=descent, num_rounds=2, verbose=False
-    )
+    return bx.compare(PROBLEM, X0, THETA, rules, inner_solver=descent, num_rounds=2, verbose=False)
 
 
 def relative(grad):

@@ -107,9 +107,7 @@ def test_auto_in_solve_says_what_it_took():
     descent = bx.Descent(optax.sgd(0.1), num_steps=3)
     method = bx.DoubleLoop(descent, start="cold")
     auto = bx.solve(PROBLEM, X0, THETA, method, rule="auto", num_steps=3)
-    by_name = bx.solve(
-        PROBLEM, X0, THETA, method, rule=bx.Unrolled(checkpoints="all"), num_steps=3
-    )
+    by_name = bx.solve(PROBLEM, X0, THETA, method, rule=bx.Unrolled(checkpoints="all"), num_steps=3)
     np.testing.assert_array_equal(auto.theta, by_name.theta)
     assert by_name.stats["rule_reason"] is None
     assert "rule:" not in str(by_name)

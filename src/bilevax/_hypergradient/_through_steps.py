@@ -4,7 +4,6 @@ import abc
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
@@ -30,8 +29,6 @@ class AbstractThroughSteps(AbstractHypergradient):
     and the arrays of `condition` as the rule says.
     """
 
-    max_growth: eqx.AbstractVar[float | None]
-
     @abc.abstractmethod
     def unroll(
         self,
@@ -52,24 +49,6 @@ class AbstractThroughSteps(AbstractHypergradient):
         inner = inner_solver.init(problem.inner, x, theta)
         return HypergradientState(x=x, v=None, inner=inner)
 
-    def estimate(
-        self,
-        problem: Bilevel,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        state: HypergradientState,
-    ) -> tuple[Estimate, HypergradientState]:
-        return estimate_through(
-            self.unroll,
-            problem,
-            inner_solver,
-            x0,
-            theta,
-            state,
-            self.growth_limit(start_at(x0, theta)),
-        )
-
     def solution(
         self,
         condition: AbstractCondition,
@@ -83,10 +62,6 @@ class AbstractThroughSteps(AbstractHypergradient):
         x, *_ = self.unroll(condition, stepping, x0, theta, state)
         result = RESULTS.where(tree_all_finite(x), RESULTS.successful, RESULTS.nonfinite)
         return or_fail(x, result, throw) if throw else x
-
-    def growth_limit(self, x: PyTree) -> float:
-        """From where on the adjoint is said to explode."""
-        return largest_growth(self.max_growth, tree_dtype(x))
 
     def _check_stepping(self, inner_solver: AbstractInnerSolver) -> AbstractSteppingSolver:
         if not isinstance(inner_solver, AbstractSteppingSolver):
@@ -105,56 +80,31 @@ def estimate_through(
     x0: PyTree,
     theta: PyTree,
     state: HypergradientState,
-    max_growth: float | None = None,
-) -> tuple[Estimate, HypergradientState]:
+    max_growth: float | None,
+) -> tuple[Estimate, HypergradientState, Probe]:
     """The estimate of a rule that differentiates `x` as a function of theta.
 
-    With `max_growth`, `unroll` takes a probe, and an adjoint that grew by more is flagged.
+    And what was seen on the way back: an adjoint that grew by more than `max_growth` (by
+    default what the precision allows) is flagged.
     """
-    return differentiate_through(unroll, problem, inner_solver, x0, theta, state, max_growth)[:2]
-
-
-def differentiate_through(
-    unroll: Callable[..., Unrolling],
-    problem: Bilevel,
-    inner_solver: AbstractInnerSolver,
-    x0: PyTree,
-    theta: PyTree,
-    state: HypergradientState,
-    max_growth: float | None,
-) -> tuple[Estimate, HypergradientState, Probe | None]:
-    """The same, and what was seen on the way back."""
     dtype = tree_dtype(start_at(x0, theta))
-    no_probe = () if max_growth is None else (new_probe(dtype),)
 
-    def truncated_problem(theta: PyTree, probe: tuple) -> tuple[Array, Any]:
+    def truncated_problem(theta: PyTree, probe: Probe) -> tuple[Array, Any]:
         x, inner_state, num_steps, num_back = unroll(
-            problem.inner, inner_solver, x0, theta, state.inner, *probe
+            problem.inner, inner_solver, x0, theta, state.inner, probe
         )
-        x = tap_end(x, *probe) if probe else x
-        value, aux = problem.outer_value(x, theta)
+        value, aux = problem.outer_value(tap_end(x, probe), theta)
         return value, (aux, x, inner_state, num_steps, num_back)
 
     differentiate = jax.value_and_grad(truncated_problem, (0, 1), has_aux=True)
-    try:
-        (value, rest), (grad, probe) = differentiate(theta, no_probe)
-    except ValueError as error:
-        if "Reverse-mode differentiation does not work" not in str(error):
-            raise
-        raise TypeError(
-            f"A step of the inner solver {_name(inner_solver)} contains a loop of unknown length "
-            "(a line search, or a linear solve by CG), which cannot be differentiated backwards. "
-            "Use bx.Implicit(), or an inner solver without it: bx.LBFGS(), bx.NewtonCG(dense=True) "
-            "for few variables, optax.lbfgs(learning_rate, linesearch=None)."
-        ) from error
+    (value, rest), (grad, seen) = differentiate(theta, new_probe(dtype))
     aux, x, inner_state, num_steps, num_back = rest
     residual = tree_norm(problem.inner.residual(x, theta))
     result = RESULTS.where(tree_all_finite((value, grad)), RESULTS.successful, RESULTS.nonfinite)
-    seen = probe[0] if probe else None
-    adjoint_growth = None if seen is None else growth(seen)
-    if max_growth is not None and adjoint_growth is not None:
-        # before "nonfinite": an adjoint that overflows has exploded first
-        result = RESULTS.where(adjoint_growth > max_growth, RESULTS.exploding, result)
+    adjoint_growth = growth(seen)
+    # before "nonfinite": an adjoint that overflows has exploded first
+    has_exploded = adjoint_growth > largest_growth(max_growth, dtype)
+    result = RESULTS.where(has_exploded, RESULTS.exploding, result)
     # Going back through a step recomputes it (one gradient) and transposes its derivative.
     counts = Counts(gradients=num_steps + num_back + 2, hessian=num_back, cross=num_back)
     estimate = Estimate(
@@ -197,7 +147,3 @@ def repeat_until_done(
     start = (*carry, jnp.asarray(0, jnp.int32))
     *carry, count = repeat(guarded, start, length, checkpoints, probe)
     return tuple(carry), count
-
-
-def _name(inner_solver: AbstractInnerSolver) -> str:
-    return type(getattr(inner_solver, "solver", inner_solver)).__name__

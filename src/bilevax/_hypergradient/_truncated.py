@@ -24,7 +24,7 @@ from ._scan import Checkpoints, check_checkpoints, num_checkpoints
 from ._through_steps import (
     AbstractThroughSteps,
     Unrolling,
-    differentiate_through,
+    estimate_through,
     repeat_until_done,
 )
 from ._unrolled import Unrolled
@@ -190,11 +190,10 @@ class Truncated(AbstractThroughSteps):
         theta: PyTree,
         state: HypergradientState,
     ) -> tuple[Estimate, HypergradientState]:
-        limit = self.growth_limit(start_at(x0, theta))
-        estimate, state, seen = differentiate_through(
-            self.unroll, problem, inner_solver, x0, theta, state, limit
+        estimate, state, seen = estimate_through(
+            self.unroll, problem, inner_solver, x0, theta, state, self.max_growth
         )
-        if isinstance(self.num_steps, int) or seen is None:
+        if isinstance(self.num_steps, int):
             return estimate, state
         norm = tree_norm(estimate.grad)
         error = jnp.maximum(seen.remainder, seen.jacobian_error * norm)

@@ -6,14 +6,15 @@ from functools import partial
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from .._inner._base import AbstractSteppingSolver
+from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver
 from .._inner._optimistix import check_positive
-from .._problem import AbstractCondition, start_at
+from .._problem import AbstractCondition, Bilevel, start_at
 from .._tree import checkpointed_while_loop, stop_gradient
+from ._base import Estimate, HypergradientState
 from ._loops import differentiable_loops
 from ._probe import Probe, check_growth, tap
 from ._scan import Checkpoints, check_checkpoints, num_checkpoints
-from ._through_steps import AbstractThroughSteps, Unrolling, repeat_until_done
+from ._through_steps import AbstractThroughSteps, Unrolling, estimate_through, repeat_until_done
 
 
 class Unrolled(AbstractThroughSteps):
@@ -100,6 +101,19 @@ class Unrolled(AbstractThroughSteps):
             )
         loop = partial(_while_loop, checkpoints=self.checkpoints)
         return primal_fn((*inputs[:5], max_steps, *inputs[6:], loop))
+
+    def estimate(
+        self,
+        problem: Bilevel,
+        inner_solver: AbstractInnerSolver,
+        x0: PyTree,
+        theta: PyTree,
+        state: HypergradientState,
+    ) -> tuple[Estimate, HypergradientState]:
+        estimate, state, _ = estimate_through(
+            self.unroll, problem, inner_solver, x0, theta, state, self.max_growth
+        )
+        return estimate, state
 
     def unroll(
         self,
