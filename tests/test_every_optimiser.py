@@ -164,11 +164,12 @@ def test_unrolled_equals_a_python_loop(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_every_optimiser_under_every_policy(name):
-    lengths = (100, 7, 2, 1)
-    for length, expected in zip(lengths, reference(OPTIMISERS[name], lengths), strict=True):
-        for checkpoints in ("all", 3) if length > 3 else ("sqrt", 1):
-            grad = unrolled(OPTIMISERS[name], length, checkpoints).grad
-            assert relative_error(grad, expected) < 1e-12, (length, checkpoints)
+    cases = {100: 3, 7: "all", 2: "sqrt", 1: 1}
+    for length, expected in zip(cases, reference(OPTIMISERS[name], tuple(cases)), strict=True):
+        grad = unrolled(OPTIMISERS[name], length, cases[length]).grad
+        assert relative_error(grad, expected) < 1e-12, length
+    # Compiled programs are mapped into memory, and a process may have 65,530 mappings.
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("name", ["momentum", "adamw", "cosine"])
