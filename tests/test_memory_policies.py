@@ -165,6 +165,17 @@ def test_a_solver_that_stops_by_itself_keeps_what_it_may():
         assert relative_error(found.grad, ORACLE.hypergradient) < 1e-6
 
 
+def test_a_solver_that_stops_by_itself_is_not_run_backwards():
+    with pytest.raises(TypeError, match="fixed number of steps"):
+        bx.hypergradient(
+            ORACLE.problem,
+            ORACLE.x0,
+            ORACLE.theta,
+            inner_solver=optx.BFGS(rtol=1e-10, atol=1e-10),
+            rule=bx.Unrolled(checkpoints="reversible"),
+        )
+
+
 def chaotic_problem():
     """Logistic maps: the derivative of 200 steps has about sixty digits."""
     inner = bx.FixedPoint(lambda x, theta: theta * x * (1 - x))

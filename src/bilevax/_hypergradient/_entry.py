@@ -164,6 +164,8 @@ def check_types(problem: Any, rule: Any = None) -> None:
         hint = ""
         if isinstance(rule, optax.GradientTransformation):
             hint = " An Optax optimiser goes into bx.DoubleLoop(optimizer=...)."
+        elif isinstance(rule, str):
+            hint = " bx.solve(..., rule='auto') and bx.recommend(...) choose a rule for you."
         raise TypeError(
             "The rule must be a rule of bilevax, bx.Implicit(), bx.Unrolled(), bx.Truncated(...), "
             f"bx.OneStep() or another; got {type(rule).__name__}.{hint}"

@@ -11,6 +11,16 @@ from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from .._tree import tree_zeros_like
 from ._explicit import State, WayBack, repeat_with_way_back
+from ._integers import (
+    START_BITS,
+    are_equal,
+    as_fraction,
+    largest,
+    power_of_two,
+    precision,
+    to_float,
+    to_int,
+)
 from ._probe import Probe, add_tap
 
 # x and the momentum t as integers X and V, `gamma = n / d`, B an integer for each entry:
@@ -20,10 +30,8 @@ from ._probe import Probe, add_tap
 # G is the rounded gradient, U the rounded update. Backwards X = X' - U(V'), and V from
 # V' - G(X) and B: exact, whatever rounding did (Maclaurin et al. 2015, algorithm 3).
 
-_START_BITS = 50  # of the largest entry at the start; growth by 2^11 is overflow, flagged
 _LARGEST = 2.0**61
 _STEPS_PER_WORD = 100  # one more word of lost bits for so many steps
-_MAX_DENOMINATOR = 2.0**26
 
 
 def repeat_reversibly(
@@ -69,7 +77,7 @@ def repeat_reversibly(
         zeros = tree_zeros_like((steps.moving, probe))
         start = (kept.last, adjoint, *zeros)
         now, *out = jax.lax.while_loop(lambda c: c[0].num_steps > 0, body, start)
-        is_right = kept.is_right & _equal(now.integers, kept.first)
+        is_right = kept.is_right & are_equal(now.integers, kept.first)
         adjoint, total, evidence = jtu.tree_map(lambda a: jnp.where(is_right, a, jnp.nan), out)
         return total, adjoint, evidence
 
@@ -123,14 +131,14 @@ def _forward(apply: Callable, state: State, length: int) -> tuple[State, _Kept]:
     x, trace = _float_parts(state)
     after = apply(state)
     first_x, first_trace = _float_parts(after)
-    largest_update = _largest(jtu.tree_map(jnp.subtract, first_x, x))
+    update_size = largest(jtu.tree_map(jnp.subtract, first_x, x))
     scales = (
-        _scale(jnp.maximum(_largest(x), largest_update)),
-        _scale(jnp.maximum(_largest(trace), _largest(first_trace))),
+        power_of_two(jnp.maximum(largest(x), update_size)),
+        power_of_two(jnp.maximum(largest(trace), largest(first_trace))),
     )
     gamma, _ = _numbers(apply, state)
-    ratio = _as_fraction(gamma)
-    first = _Integers(_to_int(x, scales[0]), _to_int(trace, scales[1]))
+    ratio = as_fraction(gamma)
+    first = _Integers(to_int(x, scales[0]), to_int(trace, scales[1]))
     room = length // _STEPS_PER_WORD + 2
     zeros = tree_zeros_like(first.x)
     now = _Now(
@@ -147,7 +155,7 @@ def _forward(apply: Callable, state: State, length: int) -> tuple[State, _Kept]:
     is_right = (gamma > 0) & (gamma <= 1)
     is_right &= jnp.abs(
         gamma - ratio[0].astype(gamma.dtype) / ratio[1].astype(gamma.dtype)
-    ) <= _eps(gamma)
+    ) <= precision(gamma)
 
     def body(_: Any, carry: tuple) -> tuple:
         now, is_right = carry
@@ -184,7 +192,7 @@ def _step_ahead(apply: Callable, kept: _Kept, now: _Now) -> tuple[_Now, Bool[Arr
     # 3. X' = X + U(V')
     update, is_small = _update(apply, kept, now, trace)
     x = jtu.tree_map(jnp.add, now.integers.x, update)
-    is_small &= _largest((x, trace)) < _LARGEST
+    is_small &= largest((x, trace)) < _LARGEST
     new = now._replace(
         integers=_Integers(x, trace),
         buffer=jtu.tree_map(lambda b: b // n, full),
@@ -218,7 +226,7 @@ def _gradient(apply: Callable, kept: _Kept, now: _Now) -> tuple[PyTree, Bool[Arr
     """G(X): the momentum after a step that starts with none."""
     no_trace = now.integers._replace(trace=tree_zeros_like(now.integers.trace))
     _, trace = _float_parts(apply(_state_at(kept, no_trace, now.num_steps)))
-    return _to_int(trace, kept.scales[1]), _largest(trace) * kept.scales[1] < _LARGEST
+    return to_int(trace, kept.scales[1]), largest(trace) * kept.scales[1] < _LARGEST
 
 
 def _update(
@@ -229,7 +237,7 @@ def _update(
     gamma, rate = _numbers(apply, jax.lax.stop_gradient(state))
     factor = rate / gamma * (kept.scales[0] / kept.scales[1])
     update = jtu.tree_map(lambda v: factor * v.astype(factor.dtype), trace)
-    return _to_int(update, jnp.ones((), factor.dtype)), _largest(update) < _LARGEST
+    return to_int(update, jnp.ones((), factor.dtype)), largest(update) < _LARGEST
 
 
 def _numbers(apply: Callable, state: State) -> tuple[Scalar, Scalar]:
@@ -252,69 +260,17 @@ def _agrees(state: State, expected: State, before: State, scales: tuple) -> Bool
     )
     for ours, theirs, old, scale in parts:
         eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jtu.tree_leaves(ours))
-        unit = jnp.maximum(jnp.maximum(_largest(theirs), _largest(old)), 2.0**_START_BITS / scale)
-        gap = _largest(jtu.tree_map(jnp.subtract, ours, theirs))
+        unit = jnp.maximum(jnp.maximum(largest(theirs), largest(old)), 2.0**START_BITS / scale)
+        gap = largest(jtu.tree_map(jnp.subtract, ours, theirs))
         is_right &= gap <= 64 * eps * unit
     return is_right
-
-
-def _as_fraction(value: Scalar) -> tuple[Array, Array]:
-    """`n, d` with `n / d = value`, d as small as may be: the continued fraction."""
-
-    def keep_going(c: tuple) -> Bool[Array, ""]:
-        _, n, d, *_ = c
-        return jnp.abs(value - n / jnp.where(d == 0, 1, d)) > _eps(value) / 2
-
-    def body(c: tuple) -> tuple:
-        rest, n, d, old_n, old_d, count = c
-        safe = jnp.where(rest == 0, 1, rest)
-        term = jnp.round(1 / safe)
-        return 1 / safe - term, term * n + old_n, term * d + old_d, n, d, count + 1
-
-    zero, one = jnp.zeros((), value.dtype), jnp.ones((), value.dtype)
-    whole = jnp.round(value)
-    start = (value - whole, whole, one, one, zero, 0)
-    _, n, d, *_ = jax.lax.while_loop(
-        lambda c: keep_going(c) & (c[-1] < 40) & (jnp.abs(c[2]) < _MAX_DENOMINATOR), body, start
-    )
-    sign = jnp.sign(d)
-    n, d = (jnp.maximum((sign * a).astype(jnp.int64), 1) for a in (n, d))
-    return n, d
-
-
-def _eps(value: Scalar) -> float:
-    return 2 * float(jnp.finfo(value.dtype).eps)
-
-
-def _scale(largest: Scalar) -> Scalar:
-    """A power of two that makes `largest` a number of so many bits."""
-    exponent = jnp.ceil(jnp.log2(jnp.where(largest > 0, largest, 1)))
-    return jnp.exp2(_START_BITS - jnp.where(jnp.isfinite(exponent), exponent, 0))
-
-
-def _to_int(tree: PyTree, scale: Scalar) -> PyTree:
-    return jtu.tree_map(lambda a: jnp.round(a.astype(scale.dtype) * scale).astype(jnp.int64), tree)
-
-
-def _to_float(tree: PyTree, like: PyTree, scale: Scalar) -> PyTree:
-    return jtu.tree_map(lambda i, a: (i.astype(scale.dtype) / scale).astype(a.dtype), tree, like)
-
-
-def _largest(tree: PyTree) -> Scalar:
-    sizes = [jnp.max(jnp.abs(a.astype(jnp.float64))) for a in jtu.tree_leaves(tree) if a.size]
-    return jnp.max(jnp.stack(sizes)) if sizes else jnp.zeros((), jnp.float64)
-
-
-def _equal(a: PyTree, b: PyTree) -> Bool[Array, ""]:
-    same = jtu.tree_map(lambda x, y: jnp.all(x == y), a, b)
-    return jnp.all(jnp.stack(jtu.tree_leaves(same)))
 
 
 def _state_at(kept: _Kept, integers: _Integers, count: Array) -> State:
     """The carry in floating-point numbers."""
     x, trace = _float_parts(kept.state)
-    floats = [_to_float(integers.x, x, kept.scales[0])]
-    floats.append(_to_float(integers.trace, trace, kept.scales[1]))
+    floats = [to_float(integers.x, x, kept.scales[0])]
+    floats.append(to_float(integers.trace, trace, kept.scales[1]))
     rest = jtu.tree_map(lambda a, s: a + count.astype(a.dtype) * s, kept.state[1], kept.slope)
     return _with_parts((kept.state[0], rest), *floats)
 

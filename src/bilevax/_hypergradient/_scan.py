@@ -37,6 +37,12 @@ def num_checkpoints(
     checkpoints: Checkpoints, step: Callable[[PyTree], PyTree], carry: PyTree[Array], length: int
 ) -> int:
     """The number of carries to keep in a loop of at most `length` steps."""
+    if checkpoints == "reversible":
+        raise TypeError(
+            "checkpoints='reversible' needs a fixed number of steps: bx.Descent without rtol and "
+            "atol, or Unrolled(num_steps=...). Use checkpoints='sqrt' where the solver stops "
+            "by itself."
+        )
     if checkpoints == "all":
         return length
     if isinstance(checkpoints, MemoryBudget):
