@@ -111,6 +111,7 @@ def _compare(
     if setting.stepping is setting.solver:
         inner = look_at_inner(problem, setting.solver, x0, theta)
         path = depends_on_path(setting.solver, x0, inner)
+        num_steps = inner.num_steps if num_steps is None else num_steps
     start = setting.stepping if setting.stepping is not None else setting.solver
     reference = find_reference(problem, start, x0, theta, given, path)
     if rules is None:

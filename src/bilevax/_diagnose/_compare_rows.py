@@ -13,7 +13,7 @@ from ._compare_rules import Setting
 from ._comparison import ErrorCurve, MeasuredRule
 from ._costs import Program, compile_forward, compile_rule, outcome_of, time_in_turn
 from ._curves import error_curve
-from ._prospect import look_at_inner, relative_difference
+from ._prospect import relative_difference
 from ._recommendation import describe
 from ._reference import Reference
 
@@ -85,10 +85,7 @@ def measure_curve(
     solver = setting.stepping
     if solver is None:
         return None
-    if num_steps is None:
-        num_steps = solver.max_steps
-        if not solver.is_fixed_length:
-            num_steps = look_at_inner(problem, solver, x0, theta).num_steps
+    num_steps = solver.max_steps if num_steps is None else num_steps
     num_steps = max(min(num_steps, _MAX_CURVE_STEPS), 1)
     name = describe(solver).replace("bx.", "")
     return error_curve(problem, solver, name, x0, theta, num_steps, reference.x, reference.grad)

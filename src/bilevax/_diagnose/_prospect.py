@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, PyTree, Scalar
 
 from .._hypergradient._base import AbstractHypergradient, Estimate
+from .._hypergradient._budget import num_bytes
 from .._hypergradient._entry import hypergradient
 from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, residual_and_scale, run
 from .._inner._descent import Descent
@@ -113,7 +114,7 @@ def _state_bytes(problem: Bilevel, solver: AbstractInnerSolver, x0: PyTree, thet
             solver.start(problem.inner, x0, theta, solver.init(problem.inner, x0, theta))
         )
     )
-    return sum(a.size * a.dtype.itemsize for a in carry if hasattr(a, "dtype"))
+    return num_bytes(carry)
 
 
 def look_at_gradient(

@@ -6,6 +6,7 @@ from jaxtyping import PyTree
 
 from .._hypergradient._base import AbstractHypergradient
 from .._hypergradient._budget import MemoryBudget
+from .._hypergradient._forward_mode import ForwardMode
 from .._hypergradient._unrolled import Unrolled
 from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver
 from .._inner._descent import Descent
@@ -46,12 +47,10 @@ def choose_steps(
     why = path if implicit is None else implicit.reason
     warning = "" if implicit is None else implicit.warning
     measured: dict[str, Any] = {} if implicit is None else implicit.measured
-    forward = _forward_mode()
-    if forward is not None:
-        costs["ForwardMode"] = STEP_FORWARD_MODE * num_outer * num_steps
+    costs["ForwardMode"] = STEP_FORWARD_MODE * num_outer * num_steps
     states = num_steps * inner.state_bytes
-    if forward is not None and num_outer <= _MAX_FORWARD:
-        rule: AbstractHypergradient = forward
+    if num_outer <= _MAX_FORWARD:
+        rule: AbstractHypergradient = ForwardMode()
         reason = f"{why}, and forward mode is cheaper than reverse for {num_outer} outer variable"
         reason += "s" if num_outer > 1 else ""
     elif memory is not None:
@@ -68,14 +67,6 @@ def choose_steps(
 
 def _is_learned(optimizer: Any) -> bool:
     return not hasattr(optimizer, "update")
-
-
-def _forward_mode() -> AbstractHypergradient | None:
-    try:
-        from .._hypergradient._forward_mode import ForwardMode
-    except ImportError:
-        return None
-    return ForwardMode()
 
 
 def _size(num_bytes: float) -> str:

@@ -86,10 +86,7 @@ def residual_bytes(step: Callable[[PyTree], PyTree], carry: PyTree[Array]) -> in
     explicit = explicit_step(step, carry)
 
     def residuals(state: State, varying: PyTree, fixed: PyTree) -> list:
-        carry, rest = state
-        _, transpose, _ = jax.vjp(
-            lambda v, c: explicit.apply(v, fixed, (c, rest)), varying, carry, has_aux=True
-        )
+        transpose = _transpose(explicit, varying, fixed, state)
         return [leaf for leaf in jtu.tree_leaves(transpose) if eqx.is_array(leaf)]
 
     traced: Any = jax.make_jaxpr(residuals)(explicit.state, explicit.varying, explicit.fixed)
@@ -105,15 +102,21 @@ def _bytes(array: Any) -> int:
     return array.size * array.dtype.itemsize
 
 
+def _transpose(
+    explicit: ExplicitStep, varying: PyTree, fixed: PyTree, state: State
+) -> Callable[[PyTree], PyTree]:
+    """The transposed derivative of a step, in all that it depends on."""
+    carry, rest = state
+    return jax.vjp(lambda v, c: explicit.apply(v, fixed, (c, rest)), varying, carry, has_aux=True)[
+        1
+    ]
+
+
 def _workspace(explicit: ExplicitStep) -> int:
     """The working memory of one step back, the gradient it adds to included."""
 
     def pull_back(varying: PyTree, fixed: PyTree, state: State, adjoint: PyTree) -> PyTree:
-        carry, rest = state
-        _, transpose, _ = jax.vjp(
-            lambda v, c: explicit.apply(v, fixed, (c, rest)), varying, carry, has_aux=True
-        )
-        return transpose(adjoint)
+        return _transpose(explicit, varying, fixed, state)(adjoint)
 
     arguments = (explicit.varying, explicit.fixed, explicit.state, explicit.state[0])
     shapes = jtu.tree_map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)

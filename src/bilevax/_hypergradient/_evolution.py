@@ -6,8 +6,6 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar
 
 from .._inner._base import AbstractInnerSolver
-from .._inner._batches import check_key
-from .._inner._optimistix import check_positive
 from .._problem import Bilevel, start_at
 from ._base import Estimate, HypergradientState
 from ._perturb import (
@@ -15,6 +13,7 @@ from ._perturb import (
     as_sigma,
     check_inner_solver,
     check_rule_state,
+    check_settings,
     draw,
     evolution_estimate,
     gradient_and_error,
@@ -86,10 +85,7 @@ class EvolutionStrategies(AbstractEvolution):
         sigma: PyTree = 0.1,
         batch_size: int | None = None,
     ) -> None:
-        check_key(key)
-        check_positive(num_pairs, "num_pairs")
-        if batch_size is not None:
-            check_positive(batch_size, "batch_size")
+        check_settings(key, num_pairs, batch_size)
         self.key = key
         self.num_pairs = num_pairs
         self.sigma = as_sigma(sigma)

@@ -9,7 +9,6 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Int, PyTree
 
 from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, run
-from .._inner._batches import check_key
 from .._inner._optimistix import check_positive
 from .._problem import Bilevel, start_at
 from .._results import RESULTS
@@ -19,6 +18,7 @@ from ._perturb import (
     AbstractEvolution,
     as_sigma,
     check_rule_state,
+    check_settings,
     draw,
     evolution_estimate,
     gradient_and_error,
@@ -99,11 +99,8 @@ class PersistentES(AbstractEvolution):
         sigma: PyTree = 0.1,
         batch_size: int | None = None,
     ) -> None:
-        check_key(key)
+        check_settings(key, num_pairs, batch_size)
         check_positive(num_steps, "num_steps")
-        check_positive(num_pairs, "num_pairs")
-        if batch_size is not None:
-            check_positive(batch_size, "batch_size")
         self.key = key
         self.num_pairs = num_pairs
         self.sigma = as_sigma(sigma)

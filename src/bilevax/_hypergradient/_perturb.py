@@ -10,7 +10,9 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar
 
 from .._inner._base import AbstractInnerSolver, Counts
+from .._inner._batches import check_key
 from .._inner._external import External, Given
+from .._inner._optimistix import check_positive
 from .._problem import AbstractCondition, Bilevel
 from .._results import RESULTS
 from .._tree import is_traced, tree_all_finite, tree_norm
@@ -48,6 +50,14 @@ class AbstractEvolution(AbstractHypergradient):
             "values, and has no derivative of x*(theta): use it in bx.hypergradient(...) or in "
             "bx.solve(..., method=bx.DoubleLoop(...)) with an Optax optimiser."
         )
+
+
+def check_settings(key: Array, num_pairs: int, batch_size: int | None) -> None:
+    """Raise unless these are a random key and counts."""
+    check_key(key)
+    check_positive(num_pairs, "num_pairs")
+    if batch_size is not None:
+        check_positive(batch_size, "batch_size")
 
 
 def check_inner_solver(rule: AbstractEvolution, inner_solver: AbstractInnerSolver) -> None:

@@ -21,9 +21,10 @@ def rewrite(fn: Callable, rules: Mapping[str, Rule], *example: PyTree) -> Callab
     The values of `fn` do not change, only how it is differentiated: what has a derivative
     rule of its own (`custom_jvp`, `custom_vjp`, `custom_linear_solve`) keeps it.
     """
-    if not _has(jax.make_jaxpr(fn)(*example), rules):
-        return fn
+    return _rewritten(fn, rules) if _has(jax.make_jaxpr(fn)(*example), rules) else fn
 
+
+def _rewritten(fn: Callable, rules: Mapping[str, Rule]) -> Callable:
     def rewritten(*args: PyTree) -> PyTree:
         jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*args)
         results = _run(rules, jaxpr, *jtu.tree_leaves(args))
@@ -165,9 +166,9 @@ def without_zero_over_zero(fn: Callable, *example: PyTree) -> Callable:
     or not finite, so nothing that was finite is changed but a root that is not multiplied
     by zero (a norm), whose subgradient is zero, too.
     """
-    if rewrite(fn, _GUARDS, *example) is fn:
+    if not _has(jax.make_jaxpr(fn)(*example), _GUARDS):
         return fn
-    return rewrite(fn, {**_GUARDS, **_GUARDS_OF_PRODUCTS}, *example)
+    return _rewritten(fn, {**_GUARDS, **_GUARDS_OF_PRODUCTS})
 
 
 def _guard(primitive: Primitive, at_zero: bool) -> Rule:
