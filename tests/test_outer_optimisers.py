@@ -32,11 +32,11 @@ def test_games_are_solved_to_rounding(optimizer):
         assert relative_error(solution.theta, oracle.theta_star) < 1e-7
         # the value was as far from the optimum as the model said, and then it was there
         history = solution.history
-        assert history.value_suboptimality[-1] < 1e-14
+        assert history.predicted_decrease[-1] < 1e-14
         if isinstance(optimizer, bx.OuterNewton) and oracle.name == "quadratic_game":
             assert solution.stats["num_steps"] <= 4
             gap = history.value - float(oracle.reference(oracle.theta_star).value)
-            np.testing.assert_allclose(history.value_suboptimality[:2], gap[:2], rtol=1e-6)
+            np.testing.assert_allclose(history.predicted_decrease[:2], gap[:2], rtol=1e-6)
             # digits of the digest
             assert float(solution.value) == pytest.approx(-1.0811081024349287, rel=1e-12)
 
@@ -97,14 +97,14 @@ def flat_tail(theta0, optimizer, num_steps):
 
 
 @by_name
-def test_a_flat_tail_is_visible_in_the_value_suboptimality(optimizer):
+def test_a_flat_tail_is_visible_in_the_predicted_decrease(optimizer):
     solution = flat_tail(20.0, optimizer, 20)
     history = solution.history
     theta, value = float(solution.theta[0]), float(solution.value)
     assert 20.0 < theta <= 40.0 + 1e-9  # at most max_step a step
     # the gradient is tiny; what is left is not, and the history says so within a factor
     assert history.hypergradient_norm[-1] < 2e-3
-    assert 0.05 * value < history.value_suboptimality[-1] < value
+    assert 0.05 * value < history.predicted_decrease[-1] < value
 
 
 @by_name

@@ -18,7 +18,7 @@ class StepInfo(eqx.Module):
     inner_residual: Scalar
     adjoint_residual: Scalar
     error_estimate: Scalar
-    value_suboptimality: Scalar  # the decrease that a model of the value promises; or NaN
+    predicted_decrease: Scalar  # of the value, by the optimiser's model, in its next step; or NaN
     result: RESULTS
     stats: dict[str, Array]
     should_stop: Bool[Array, ""]  # the method itself says that it has finished

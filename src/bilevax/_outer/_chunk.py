@@ -92,7 +92,7 @@ _FLOATS = (
     "inner_residual",
     "adjoint_residual",
     "error_estimate",
-    "value_suboptimality",
+    "predicted_decrease",
 )
 
 

@@ -219,7 +219,7 @@ class DoubleLoop(AbstractMethod):
             inner_residual=estimate.inner_residual,
             adjoint_residual=estimate.adjoint_residual,
             error_estimate=estimate.error_estimate,
-            value_suboptimality=new.suboptimality,
+            predicted_decrease=new.predicted_decrease,
             result=estimate.result,
             stats=estimate.stats,
             should_stop=new.is_done & moved & usable,

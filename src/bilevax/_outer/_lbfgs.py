@@ -45,9 +45,10 @@ class OuterLBFGS(AbstractOuterOptimizer):
     - `max_step`: the longest step of an entry of theta.
     - `memory`: how many pairs are kept.
 
-    `history.value_suboptimality` is `h'H h / 2`, the decrease that the model promises.
-    The run stops by itself ("optimizer") when that is below rounding, or when the line
-    search finds nothing better along the steepest descent.
+    `history.predicted_decrease` is `h'H h / 2`, what the model predicts for the next whole
+    step, not the distance to the optimum. The run stops by itself ("optimizer") when no next
+    step is predicted to change the value by more than rounding, or when the line search
+    finds nothing better along the steepest descent.
 
     **Cost:** one evaluation a step, a rejected trial included; `2 memory` vectors like
     theta.
@@ -104,9 +105,9 @@ class OuterLBFGS(AbstractOuterOptimizer):
         is_long = is_empty | (curvature < -doubt)
         long = rescaled(direction, self.max_step, only_shorten=False)
         direction = tree_where(is_long, long, direction)
-        suboptimality = -0.5 * tree_dot(estimate.grad, direction)
+        predicted_decrease = -0.5 * tree_dot(estimate.grad, direction)
         ahead = limited(direction, estimate.grad, self.max_step)
-        onward = next_search(estimate, point, ahead, suboptimality, search)
+        onward = next_search(estimate, point, ahead, predicted_decrease, search)
         # 2. rejected: a shorter step; if that does not help, the steepest descent
         shorter = search.shortened(theta, estimate)
         is_lost, was_steepest = shorter.is_lost, state.is_empty
@@ -119,10 +120,10 @@ class OuterLBFGS(AbstractOuterOptimizer):
             is_empty,
             jnp.where(accept, noise, state.gradient_noise),
         )
-        done = accept & is_finished(estimate, suboptimality)
+        done = accept & is_finished(estimate, predicted_decrease)
         done = done | (~accept & is_lost & was_steepest)
-        suboptimality = jnp.where(accept, suboptimality, search.suboptimality)
-        return Update(tree_where(accept, point, theta), new_state, done, suboptimality)
+        predicted_decrease = jnp.where(accept, predicted_decrease, search.predicted_decrease)
+        return Update(tree_where(accept, point, theta), new_state, done, predicted_decrease)
 
 
 class _State(eqx.Module):

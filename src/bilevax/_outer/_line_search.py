@@ -107,7 +107,7 @@ class Search(eqx.Module):
     grad: PyTree[Array]
     value: Scalar
     noise: Scalar
-    suboptimality: Scalar
+    predicted_decrease: Scalar
     # of the trial
     point: PyTree[Array]
     slope: Scalar  # derivative along the step to the trial, times its length
@@ -160,14 +160,14 @@ def first_search(theta: PyTree) -> Search:
 
 
 def next_search(
-    estimate: Estimate, point: PyTree, step: PyTree, suboptimality: Scalar, like: Search
+    estimate: Estimate, point: PyTree, step: PyTree, predicted_decrease: Scalar, like: Search
 ) -> Search:
     """After an acceptance at `point`: the next trial is `point + step`."""
     return Search(
         grad=estimate.grad,
         value=estimate.dual_value.astype(like.value.dtype),
         noise=value_noise(estimate).astype(like.value.dtype),
-        suboptimality=suboptimality.astype(like.value.dtype),
+        predicted_decrease=predicted_decrease.astype(like.value.dtype),
         point=jtu.tree_map(jnp.add, point, step),
         slope=tree_dot(estimate.grad, step).astype(like.value.dtype),
         num_rejections=jnp.zeros((), jnp.int32),
@@ -175,7 +175,7 @@ def next_search(
     )
 
 
-def is_finished(estimate: Estimate, suboptimality: Scalar) -> Bool[Array, ""]:
-    """Whether the model promises no decrease that this dtype could show."""
+def is_finished(estimate: Estimate, predicted_decrease: Scalar) -> Bool[Array, ""]:
+    """Whether the model predicts no decrease for the next step that this dtype could show."""
     value = jnp.abs(estimate.dual_value)
-    return suboptimality <= jnp.finfo(value.dtype).eps * value.astype(suboptimality.dtype)
+    return predicted_decrease <= jnp.finfo(value.dtype).eps * value.astype(predicted_decrease.dtype)

@@ -307,7 +307,7 @@ class MAID(AbstractMethod):
             inner_residual=seen.inner_residual,
             adjoint_residual=seen.adjoint_residual,
             error_estimate=self._error(seen),
-            value_suboptimality=jnp.full_like(seen.value, jnp.nan),
+            predicted_decrease=jnp.full_like(seen.value, jnp.nan),
             result=result,
             stats=carry.stats,
             should_stop=is_done & move,

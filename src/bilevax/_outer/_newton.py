@@ -40,10 +40,10 @@ class OuterNewton(AbstractOuterOptimizer):
     - `max_step`: the longest step of an entry of theta.
     - `max_variables`: more entries of theta are refused.
 
-    `history.value_suboptimality` is the Newton decrement `h'|H|^{-1} h / 2`, the decrease
-    that the quadratic model promises: on a long flat tail it stays large where `h` does
-    not. The run stops by itself ("optimizer") when it is below rounding, or when the line
-    search finds nothing better.
+    `history.predicted_decrease` is the Newton decrement `h'|H|^{-1} h / 2`, what the quadratic
+    model predicts for the next whole step, not the distance to the optimum. On a long flat
+    tail it stays large where `h` does not. The run stops by itself ("optimizer") when it is
+    below rounding, or when the line search finds nothing better.
 
     **Cost:** one evaluation a step, a rejected trial included; for each accepted theta as
     many pairs of adjoint solves as theta has entries, in one batch, not counted in
@@ -102,18 +102,18 @@ class OuterNewton(AbstractOuterOptimizer):
             hessian = dense_columns(lambda u: jax.jvp(jax.grad(value_fn), (point,), (u,))[1], point)
             flat, promised = _newton_step(hessian, tree_to_flat(estimate.grad))
             step = limited(flat_to_tree(flat, point), estimate.grad, self.max_step)
-            return step, promised.astype(search.suboptimality.dtype)
+            return step, promised.astype(search.predicted_decrease.dtype)
 
         def nothing() -> tuple[PyTree, Scalar]:
-            return jax.tree_util.tree_map(jnp.zeros_like, point), search.suboptimality
+            return jax.tree_util.tree_map(jnp.zeros_like, point), search.predicted_decrease
 
-        step, suboptimality = jax.lax.cond(accept, newton, nothing)
-        onward = next_search(estimate, point, step, suboptimality, search)
+        step, predicted_decrease = jax.lax.cond(accept, newton, nothing)
+        onward = next_search(estimate, point, step, predicted_decrease, search)
         shorter = search.shortened(theta, estimate)
         new_state = tree_where(accept, onward, shorter)
-        done = accept & is_finished(estimate, suboptimality)
+        done = accept & is_finished(estimate, predicted_decrease)
         done = done | (~accept & shorter.is_lost & ~search.is_first)
-        return Update(tree_where(accept, point, theta), new_state, done, suboptimality)
+        return Update(tree_where(accept, point, theta), new_state, done, predicted_decrease)
 
 
 def _newton_step(

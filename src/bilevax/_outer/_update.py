@@ -22,7 +22,7 @@ class Update(NamedTuple):
     theta: PyTree[Array]
     state: PyTree
     is_done: Bool[Array, ""]
-    suboptimality: Scalar  # see `StepInfo`
+    predicted_decrease: Scalar  # see `StepInfo`
 
 
 class AbstractOuterOptimizer(eqx.Module):

@@ -20,9 +20,10 @@ class History:
     - `value`: `L(x, theta)`.
     - `hypergradient_norm`: two-norm of the hypergradient.
     - `inner_residual`, `adjoint_residual`, `error_estimate`: as in `Estimate`.
-    - `value_suboptimality`: the decrease of the value that the optimiser's model of it
-        promises (`OuterLBFGS`, `OuterNewton`): how far there is to go. On a long flat tail
-        it stays large where the hypergradient does not. NaN for other optimisers.
+    - `predicted_decrease`: the decrease of the value that the optimiser's model of it predicts
+        for its next whole step (`OuterLBFGS`, `OuterNewton`). No bound on what is left: the
+        model knows the curvature at this theta only. On a long flat tail it stays large where
+        the hypergradient does not. NaN for other optimisers.
     - `result`: the outcome, by name.
     - `num_inner_steps`, `num_adjoint_steps`: steps of the two solves.
     - `num_gradients`, `num_hessian_products`, `num_cross_products`: calls of the oracles.
@@ -34,7 +35,7 @@ class History:
     inner_residual: np.ndarray
     adjoint_residual: np.ndarray
     error_estimate: np.ndarray
-    value_suboptimality: np.ndarray
+    predicted_decrease: np.ndarray
     result: np.ndarray
     num_inner_steps: np.ndarray
     num_adjoint_steps: np.ndarray

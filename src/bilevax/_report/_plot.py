@@ -23,7 +23,7 @@ def plot_history(history: "History", axes: Any = None) -> Any:
         ("inner_residual", "inner residual"),
         ("adjoint_residual", "adjoint residual (relative)"),
         ("error_estimate", "error of the hypergradient"),
-        ("value_suboptimality", "decrease still promised"),
+        ("predicted_decrease", "decrease predicted for the next step"),
     ):
         column = getattr(history, name)
         if np.any(column > 0):  # NaN where there is no such number

@@ -52,9 +52,9 @@ class Solution:
             progress,
             ", ".join(f"{stats[name]} {name[4:].replace('_', ' ')}" for name in COUNTS),
         ]
-        promised = self.history.value_suboptimality[-1] if len(self.history) else np.nan
-        if np.isfinite(promised):
-            lines.append(f"decrease that the model still promises: {promised:.2g}")
+        predicted = self.history.predicted_decrease[-1] if len(self.history) else np.nan
+        if np.isfinite(predicted):
+            lines.append(f"decrease predicted for the next step: {predicted:.2g}")
         if stats["num_flagged"]:
             outcomes = self.history.result[self.history.result != "successful"]
             names, counts = np.unique(outcomes, return_counts=True)
