@@ -140,18 +140,51 @@ def test_implicit_rules_see_all_data():
     assert relative_error(estimate.grad, exact.grad) < 1e-2
 
 
-def test_the_stream_goes_on_where_state_is_carried():
+def test_the_stream_goes_on_from_one_outer_step_to_the_next():
     problem, x0, theta = make_problem()
     indices = STREAMS["Minibatches"][1]
     rows = [np.asarray(indices(k)) for k in range(2 * NUM_STEPS)]
-    for carry_state in (False, True):
-        solver = bx.Descent(optax.sgd(0.2), NUM_STEPS, batches=MINIBATCHES, carry_state=carry_state)
+    for restart in (False, True):
+        solver = bx.Descent(
+            optax.sgd(0.2, momentum=0.9), NUM_STEPS, batches=MINIBATCHES, restart_batches=restart
+        )
         settings = {"inner_solver": solver, "rule": bx.Unrolled()}
         first, state = bx.hypergradient(problem, x0, theta, **settings)
         second, _ = bx.hypergradient(problem, x0, theta, **settings, state=state)
-        seen = rows[NUM_STEPS:] if carry_state else rows[:NUM_STEPS]
-        _, x = python_loop(problem, first.x, theta, seen, optax.sgd(0.2))
+        seen = rows[:NUM_STEPS] if restart else rows[NUM_STEPS:]
+        # the moments begin anew: they belong to another theta
+        fresh = optax.sgd(0.2, momentum=0.9)
+        (_, x), expected = jax.value_and_grad(python_loop, argnums=2, has_aux=True)(
+            problem, first.x, theta, seen, fresh
+        )
         assert relative_error(second.x, x) < 1e-12
+        assert relative_error(second.grad, expected) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [bx.Unrolled(), bx.Truncated(2), bx.OneStep(), bx.Implicit(inexact=True), "persistent"],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_a_run_sees_all_data(rule):
+    if rule == "persistent":
+        rule = bx.PersistentES(jax.random.key(1), num_steps=1, num_pairs=2)
+    problem, x0, theta = make_problem()
+    theta["decay"] = jnp.asarray(0.0)  # convex
+    seen = []
+
+    def watched(step, data):
+        jax.debug.callback(lambda k: seen.append(int(k)), step)
+        return middle(step, data)
+
+    for restart in (False, True):
+        seen.clear()
+        solver = bx.Descent(optax.sgd(0.1), 2, batches=watched, restart_batches=restart)
+        method = bx.DoubleLoop(solver, rule, optax.sgd(0.01))
+        bx.solve(problem, x0, theta, method, num_steps=5)
+        jax.effects_barrier()
+        # two steps an evaluation, or one a window; OneStep takes one more
+        assert max(seen) <= 2 if restart else set(seen) >= set(range(6))
 
 
 @pytest.mark.parametrize("num_examples", [1, 2, 7, 1000])

@@ -113,7 +113,8 @@ class PersistentES(AbstractEvolution):
         solver, _ = self._check_solver(inner_solver)
         x = start_at(x0, theta)
         sums = draw(self.key, self.num_pairs, theta)
-        carries, _ = self._begin(problem, solver, x0, theta, self._all(sums))
+        inner = solver.init(problem.inner, x, theta)
+        carries, _ = self._begin(problem, solver, x0, theta, inner, self._all(sums))
         rule = _Episode(
             carries=carries,
             sums=tree_zeros_like(sums),
@@ -121,7 +122,6 @@ class PersistentES(AbstractEvolution):
             num_estimates=jnp.asarray(0, jnp.int32),
             x0=None if callable(x0) else x,
         )
-        inner = solver.init(problem.inner, x, theta)
         return HypergradientState(x=x, v=None, inner=inner, rule=rule)
 
     def estimate(
@@ -140,7 +140,7 @@ class PersistentES(AbstractEvolution):
         key = jax.random.fold_in(self.key, episode.num_estimates)
         directions = draw(key, self.num_pairs, theta)
         every_direction = self._all(directions)
-        fresh, structure = self._begin(problem, solver, x0, theta, every_direction)
+        fresh, structure = self._begin(problem, solver, x0, theta, state.inner, every_direction)
         _check_same_particles(episode.carries, fresh)
         is_first = episode.window == 0
         carries = tree_where(is_first, fresh, episode.carries)
@@ -205,6 +205,7 @@ class PersistentES(AbstractEvolution):
         solver: AbstractSteppingSolver,
         x0: PyTree,
         theta: PyTree,
+        inner_state: PyTree,
         directions: PyTree,
     ) -> tuple[list[Array], list[Any]]:
         """The arrays of every particle's carry before the first step, and their structure.
@@ -216,7 +217,6 @@ class PersistentES(AbstractEvolution):
         def begin(direction: PyTree) -> list[Array]:
             moved = perturbed(theta, self.sigma, direction)
             x = start_at(x0, moved)
-            inner_state = solver.init(problem.inner, x, moved)
             carry = solver.start(problem.inner, x, moved, inner_state)
             leaves, treedef = jtu.tree_flatten(strong(carry))
             structure.append(treedef)

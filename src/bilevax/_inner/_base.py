@@ -68,6 +68,11 @@ class AbstractInnerSolver(eqx.Module):
     ) -> tuple[InnerSolution, PyTree]:
         """The solution from `x0`, and the state for the next solve. Not differentiated."""
 
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether `solve` finds the same x again, whatever the state."""
+        return True
+
     def with_rtol(self, rtol: Scalar) -> "AbstractInnerSolver | None":
         """This solver with another relative tolerance, a number or traced.
 

@@ -47,10 +47,15 @@ class Descent(AbstractSteppingSolver):
         permutation make an epoch; or your function `(step, data) -> data`. Arrays of the
         data share their leading axis, the examples. What is minimised is your function of
         the batch: a mean over examples, not a sum. An outer variable per example is found
-        by an index among the data (see the example). Every solve starts at batch 0, so
-        that `x` is a function of theta alone; with `carry_state` it goes on in the stream.
-        `x` is judged, as ever, by the gradient of all data, to which a fixed step size
-        does not converge: implicit rules need `inexact=True`.
+        by an index among the data (see the example). `x` is judged, as ever, by the gradient
+        of all data, to which a fixed step size does not converge: implicit rules need
+        `inexact=True`.
+    - `restart_batches`: take the same batches in every outer step. By default the stream
+        goes on where the last outer step has left it, so that a run sees all data; `bx.solve`
+        carries its place, and so does the `state` of `bx.hypergradient`. Without a state, as
+        in `bx.argmin` and in the first step, it starts at batch 0. A stream that goes on makes
+        the objective random: `x` is no function of theta and the start alone. With a restart
+        it is one, but only the examples in the first `num_steps` batches are ever seen.
 
     An implicit rule needs a solution: it flags an `x` whose gradient exceeds
     `atol + rtol * ||A z||` (`measure`), with the documented default of `rtol` where none
@@ -94,6 +99,7 @@ class Descent(AbstractSteppingSolver):
     atol: float | None
     carry_state: bool
     batches: Callable[[Array, PyTree], PyTree] | None
+    restart_batches: bool
 
     def __init__(
         self,
@@ -104,6 +110,7 @@ class Descent(AbstractSteppingSolver):
         atol: float | None = None,
         carry_state: bool = False,
         batches: Any = None,
+        restart_batches: bool = False,
     ) -> None:
         if not (isinstance(optimizer, optax.GradientTransformation) or callable(optimizer)):
             raise TypeError(
@@ -118,6 +125,12 @@ class Descent(AbstractSteppingSolver):
         self.atol = atol
         self.carry_state = carry_state
         self.batches = as_batches(batches)
+        self.restart_batches = restart_batches
+        if restart_batches and batches is None:
+            raise ValueError(
+                "Descent(restart_batches=True) starts the stream of batches again, and there is "
+                "none: give `batches` too."
+            )
         if self.batches is not None and self._has_tolerance:
             raise ValueError(
                 "`rtol` and `atol` stop at a small gradient, and that of one batch says nothing "
@@ -152,7 +165,7 @@ class Descent(AbstractSteppingSolver):
             )
         if self.batches is not None:
             x0 = check_batches(self.batches, condition, x0)
-        optimizer_state = state if self.carry_state else self._initial(x0, theta)
+        optimizer_state = self._resumed(state, x0, theta)
         rtol = self.rtol
         if not self._has_tolerance:
             if self.batches is not None or not _is_quasi_newton(optimizer_state):
@@ -222,6 +235,18 @@ class Descent(AbstractSteppingSolver):
     @property
     def _has_tolerance(self) -> bool:
         return self.rtol is not None or self.atol is not None
+
+    @property
+    def is_repeatable(self) -> bool:
+        return not self.carry_state and (self.batches is None or self.restart_batches)
+
+    def _resumed(self, state: PyTree, x0: PyTree, theta: PyTree) -> PyTree:
+        """What of the last solve's `state` this one starts with: the moments, the stream."""
+        fresh = self._initial(x0, theta)
+        if self.batches is None:
+            return state if self.carry_state else fresh
+        moments = state[0] if self.carry_state else fresh[0]
+        return moments, fresh[1] if self.restart_batches else state[1]
 
     def _initial(self, x0: PyTree, theta: PyTree) -> PyTree:
         with standard_promotion():
