@@ -222,8 +222,14 @@ def _data_as_arrays(data: PyTree) -> PyTree:
     they may be sizes.
     """
     return jtu.tree_map(
-        lambda a: jnp.asarray(a) if isinstance(a, float | np.ndarray | np.generic) else a, data
+        lambda a: _copied(a) if isinstance(a, float | np.ndarray | np.generic) else a,
+        data,
     )
+
+
+def _copied(number: Any) -> Array:
+    """A JAX array that does not share the memory of a NumPy array, which may be changed later."""
+    return jnp.asarray(np.array(number) if isinstance(number, np.ndarray) else number)
 
 
 def _call(fn: Callable, x: PyTree, theta: PyTree, data: PyTree) -> Any:
@@ -253,7 +259,7 @@ def _check_arguments(fn: Callable, name: str, has_data: bool) -> None:
 
 def as_arrays(tree: PyTree) -> PyTree:
     """`tree` with its Python and NumPy numbers as strong-typed JAX arrays."""
-    return strong(jtu.tree_map(lambda a: jnp.asarray(a) if _is_numeric(a) else a, tree))
+    return strong(jtu.tree_map(lambda a: _copied(a) if _is_numeric(a) else a, tree))
 
 
 def prepare(problem: Bilevel, x0: PyTree, theta: PyTree) -> tuple[Bilevel, PyTree, PyTree]:

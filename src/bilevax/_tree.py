@@ -1,6 +1,7 @@
 """Pytree arithmetic and JAX plumbing used in two places or more."""
 
-from collections.abc import Callable, Hashable
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 from jaxtyping import Array, Bool, PyTree, Scalar
+
+from ._reach._reach import ARRAY, reach
 
 
 def tree_dot(a: PyTree, b: PyTree) -> Scalar:
@@ -120,49 +123,61 @@ def strong(a: PyTree) -> PyTree:
 def lean_jit(fn: Callable, *, donate_first: bool = False) -> Callable:
     """`jax.jit` for pytrees with non-array leaves.
 
-    Arrays are traced, everything else is compared by equality and compiled in. Costs a
-    fraction of the call overhead of `equinox.filter_jit`, which matters where a whole
-    hypergradient takes a millisecond. With `donate_first` the arrays of the first argument
-    may be overwritten.
+    Arrays are traced. Everything else is compiled in, with what its functions reach (see
+    `reach`), and compared: a function by its code, a number by its value, another object by
+    its own equality. Costs a fraction of the call overhead of `equinox.filter_jit`, which
+    matters where a whole hypergradient takes a millisecond. With `donate_first` the arrays
+    of the first argument may be overwritten.
     """
-
-    def flat_fn(static: Any, donated: list[Array], kept: list[Array]) -> Any:
-        treedef, static_leaves = static
-        arrays = iter([*donated, *kept])
-        leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in static_leaves]
-        out = fn(*jtu.tree_unflatten(treedef, leaves))
-        arrays_out, rest = eqx.partition(out, eqx.is_array)
-        return arrays_out, _Static(rest)
-
-    compiled = jax.jit(flat_fn, static_argnums=0, donate_argnums=1 if donate_first else ())
+    programs: OrderedDict[Any, _Program] = OrderedDict()
 
     def call(*args: Any) -> Any:
         leaves, treedef = jtu.tree_flatten(args)
-        static = tuple([_ARRAY if eqx.is_array(leaf) else leaf for leaf in leaves])
-        arrays = [leaf for leaf in leaves if eqx.is_array(leaf)]
+        is_array = [eqx.is_array(leaf) for leaf in leaves]
+        static = [ARRAY if a else leaf for a, leaf in zip(is_array, leaves, strict=True)]
+        arrays = [leaf for a, leaf in zip(is_array, leaves, strict=True) if a]
+        reached = reach(treedef, tuple(static))
+        program = programs.get(reached.key)
+        if program is None:
+            program = _Program(fn, treedef, static, donate_first)
+            if not reached.has_tracer:  # what reaches a traced value lives in this call only
+                programs[reached.key] = program
+                if len(programs) > _MAX_PROGRAMS:
+                    programs.pop(next(iter(programs)), None)
+        program.reached = reached
         num_donated = 0
         if donate_first:
             num_donated = sum(eqx.is_array(leaf) for leaf in jtu.tree_leaves(args[0]))
-        try:
-            hash(static)
-        except TypeError as error:
-            bad = next(leaf for leaf in static if not isinstance(leaf, Hashable))
-            raise TypeError(
-                f"A leaf of type {type(bad).__name__} is neither an array nor hashable: turn it "
-                "into an array, or close over it."
-            ) from error
-        arrays_out, rest = compiled((treedef, static), arrays[:num_donated], arrays[num_donated:])
+        arrays_out, rest = program.compiled(arrays[:num_donated], arrays[num_donated:])
         return eqx.combine(arrays_out, rest.value)
 
-    call.jitted, call.num_compilations = compiled, compiled._cache_size  # type: ignore[attr-defined]
+    def num_compilations() -> int:
+        sizes = [p.compiled._cache_size() for p in programs.values()]  # type: ignore[attr-defined]
+        return sum(sizes)
+
+    call.num_compilations = num_compilations  # type: ignore[attr-defined]
     return call
 
 
-class _ArrayMarker:
-    """Stands for an array among the static leaves."""
+# Each maps memory and keeps alive what it was compiled with: the oldest makes room.
+_MAX_PROGRAMS = 512
 
 
-_ARRAY = _ArrayMarker()
+class _Program:
+    """One function with everything that is not an array put in, compiled."""
+
+    reached: Any
+
+    def __init__(self, fn: Callable, treedef: Any, static: list[Any], donate: bool) -> None:
+        def flat_fn(donated: list[Array], kept: list[Array]) -> Any:
+            arrays = iter([*donated, *kept])
+            leaves = [next(arrays) if leaf is ARRAY else leaf for leaf in static]
+            out = fn(*jtu.tree_unflatten(treedef, leaves))
+            self.reached.forget_changes()
+            arrays_out, rest = eqx.partition(out, eqx.is_array)
+            return arrays_out, _Static(rest)
+
+        self.compiled = jax.jit(flat_fn, donate_argnums=0 if donate else ())
 
 
 @jtu.register_static

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._problem import AbstractCondition, restore
+from .._reach._tokens import OnHost
 from .._tree import is_traced
 from ._base import AbstractInnerSolver, Counts, InnerSolution, measure
 
@@ -98,7 +99,7 @@ class External(AbstractInnerSolver):
         ```
     """
 
-    fn: Callable
+    fn: Callable = eqx.field(converter=OnHost)
     rtol: float | None = None
     atol: float | None = None
 
