@@ -153,7 +153,10 @@ class Bilevel(eqx.Module):
         program, not constants: new data of the same shape compile nothing.
 
     `x`, `theta` and the data may be any pytree; `None` and non-array leaves pass through
-    untouched.
+    untouched. In `x` and `theta`, floats that stand alone or in dicts, lists and tuples are
+    variables; plain Python numbers inside a registered class (an Equinox module, a dataclass
+    that JAX knows) are settings and stay, as the rate of `eqx.nn.Dropout(0.25)`: write
+    `jnp.asarray(2.0)` for a field that is to be a variable.
 
     !!! example
 
@@ -258,8 +261,27 @@ def _check_arguments(fn: Callable, name: str, has_data: bool) -> None:
 
 
 def as_arrays(tree: PyTree) -> PyTree:
-    """`tree` with its Python and NumPy numbers as strong-typed JAX arrays."""
-    return strong(jtu.tree_map(lambda a: _copied(a) if _is_numeric(a) else a, tree))
+    """`tree` with its Python and NumPy numbers as strong-typed JAX arrays.
+
+    Not so the plain numbers inside a registered class (an Equinox module, a dataclass):
+    those are settings, such as the rate of a dropout, and stay what they are.
+    """
+    parts, structure = jtu.tree_flatten(tree, is_leaf=_is_of_class)
+    return strong(jtu.tree_unflatten(structure, [_part_as_arrays(part) for part in parts]))
+
+
+def _part_as_arrays(part: Any) -> Any:
+    if _is_of_class(part):
+        return jtu.tree_map(lambda a: _copied(a) if _is_array(a) else a, part)
+    return _copied(part) if _is_numeric(part) else part
+
+
+def _is_of_class(node: Any) -> bool:
+    """Whether a node of a pytree is of a registered class: no dict, list or tuple, no leaf."""
+    return not isinstance(node, _PLAIN) and not jtu.all_leaves([node])
+
+
+_PLAIN = (dict, list, tuple, type(None), jax.Array, np.ndarray, np.generic, int, float, complex)
 
 
 def prepare(problem: Bilevel, x0: PyTree, theta: PyTree) -> tuple[Bilevel, PyTree, PyTree]:
@@ -281,7 +303,7 @@ def bind(problem: Bilevel, x0: PyTree, theta: PyTree) -> tuple[Bilevel, PyTree, 
     a function of theta; it comes back as a function between such pytrees.
     """
     theta_arrays, theta_static = _split(theta, "theta")
-    start = x0(theta) if callable(x0) else x0
+    start = start_at(x0, theta)
     x_arrays, x_static = _split(as_arrays(start), "x0")
     _check_one_dtype(x_arrays)
     bound = problem
@@ -294,14 +316,32 @@ def bind(problem: Bilevel, x0: PyTree, theta: PyTree) -> tuple[Bilevel, PyTree, 
                 _Bound(problem.outer, x_static, theta_static),
             ),
         )
-    if callable(x0):
+    if is_start_function(x0):
         x_arrays = _BoundStart(x0, theta_static)
     return bound, x_arrays, theta_arrays
 
 
 def start_at(x0: PyTree, theta: PyTree) -> PyTree:
     """The starting point: `x0`, or `x0(theta)` if it is a function of theta."""
-    return x0(theta) if callable(x0) else x0
+    return x0(theta) if is_start_function(x0) else x0
+
+
+def is_start_function(x0: PyTree) -> bool:
+    """Whether `x0` is a function of theta, and not a point.
+
+    A model that holds arrays is a point, although it can be called; a partial or a bound
+    method, which may hold some too, is a function.
+    """
+    if not callable(x0):
+        return False
+    if isinstance(x0, _BoundStart | jtu.Partial) or hasattr(x0, "__func__"):
+        return True
+    return not any(_is_array(leaf) for leaf in jtu.tree_leaves(x0))
+
+
+def start_as_arrays(x0: PyTree) -> PyTree:
+    """`as_arrays` of a starting point; a function of theta stays as it is."""
+    return x0 if is_start_function(x0) else as_arrays(x0)
 
 
 def restore(condition: AbstractCondition, x: PyTree, theta: PyTree) -> tuple[PyTree, PyTree]:
@@ -340,18 +380,51 @@ def _is_numeric(leaf: Any) -> bool:
     return eqx.is_array_like(leaf) and not isinstance(leaf, bool)
 
 
+def _is_array(leaf: Any) -> bool:
+    return eqx.is_array(leaf) or isinstance(leaf, np.ndarray | np.generic)
+
+
 def _split(tree: PyTree, name: str) -> tuple[PyTree, PyTree]:
     """Floating-point arrays and the rest; integers and complex numbers are refused."""
-    numeric, static = eqx.partition(tree, _is_numeric)
-    for path, leaf in jtu.tree_leaves_with_path(numeric):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            where = f"`{name}{jtu.keystr(path)}`"
+    arrays, static = eqx.partition(tree, _is_array)
+    for path, leaf in jtu.tree_leaves_with_path(arrays):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(_not_floating(f"{name}{jtu.keystr(path)}", dtype))
+    if not jtu.tree_leaves(arrays):
+        _check_settings(static, name)
+    return arrays, static
+
+
+def _not_floating(where: str, dtype: Any) -> str:
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return (
+            f"`{where}` must be real; got dtype {dtype}. Split it into its real and imaginary "
+            "parts, the pair (z.real, z.imag), and put them together in your functions: "
+            "z = real + 1j * imag. Complex numbers in the data are fine."
+        )
+    advice = "Write 1.0 for 1, convert with jnp.asarray(..., dtype=float), or keep constants in the data."
+    if "[" in where or "." in where:
+        advice += (
+            " A model whose state holds integers (a counter, the state of a random number "
+            "generator) is split first: with Equinox `params, rest = eqx.partition(model, "
+            "eqx.is_inexact_array)`, with Flax NNX `graph, params, rest = nnx.split(model, "
+            "nnx.Param, ...)`. Give the parameters here and the rest in the data, and put them "
+            "together in your functions by `eqx.combine(params, rest)` or "
+            "`nnx.merge(graph, params, rest)`."
+        )
+    return f"`{where}` must be floating point, to be differentiated; got dtype {dtype}. {advice}"
+
+
+def _check_settings(static: PyTree, name: str) -> None:
+    """Raise if there is nothing to differentiate, but plain numbers that look like it."""
+    for path, leaf in jtu.tree_leaves_with_path(static):
+        if isinstance(leaf, float):
+            where = f"{name}{jtu.keystr(path)}"
             raise TypeError(
-                f"{where} must be floating point, to be differentiated; got dtype "
-                f"{jnp.result_type(leaf)}. Write 1.0 for 1, convert with "
-                "jnp.asarray(..., dtype=float), or keep constants in the data."
+                f"`{name}` has no variables: `{where}` is a plain Python number inside a class, "
+                "which is a setting and stays as it is. Write jnp.asarray(...) for a variable."
             )
-    return numeric, static
 
 
 def _check_one_dtype(x: PyTree) -> None:

@@ -23,7 +23,7 @@ from ._inner._optimistix import check_positive
 from ._outer._base import AbstractMethod
 from ._outer._chunk import MAX_CHUNK, REASONS, columns, init_method, run_chunk
 from ._outer._double_loop import DoubleLoop
-from ._problem import Bilevel, as_arrays, bind, restore, start_at
+from ._problem import Bilevel, as_arrays, bind, restore, start_as_arrays, start_at
 from ._report._history import COUNTS, History
 from ._report._interrupt import Interrupt
 from ._report._progress import Progress, progress_bar
@@ -154,7 +154,7 @@ class _Run:
     ) -> None:
         check_types(problem)
         self.start_time = time.perf_counter()
-        x0 = x0 if callable(x0) else as_arrays(x0)
+        x0 = start_as_arrays(x0)
         self.problem, self.x0, theta = bind(problem, x0, as_arrays(theta0))
         self.external = None
         if isinstance(method, DoubleLoop) and isinstance(method.inner_solver, External):
@@ -273,7 +273,10 @@ class _Run:
 
     def progress(self) -> Progress:
         """The last evaluation, in arrays that the next chunk does not overwrite."""
-        state = jtu.tree_map(jnp.copy, (self.state.x, self.state.point, self.state.aux))
+        state = jtu.tree_map(
+            lambda a: jnp.copy(a) if eqx.is_array(a) else a,
+            (self.state.x, self.state.point, self.state.aux),
+        )
         x, theta = restore(self.problem.inner, state[0], state[1])
         last = self.rows[-1]
         return Progress(

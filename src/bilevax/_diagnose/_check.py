@@ -13,7 +13,7 @@ from .._hypergradient._implicit import Implicit
 from .._inner._newton_cg import NewtonCG
 from .._linear import GMRES
 from .._linear._common import check_count
-from .._problem import AbstractCondition, Bilevel, as_arrays, objective, prepare
+from .._problem import AbstractCondition, Bilevel, as_arrays, is_start_function, objective, prepare
 from .._tree import is_traced, standard_promotion, tree_dtype, tree_size
 from ._assemble import assemble
 from ._base import Check
@@ -92,7 +92,7 @@ def check(
         raise ValueError(f"check(num_directions=...) must be 0 or more; got {num_directions!r}.")
     if is_traced((problem, x, theta)):
         raise TypeError("bx.check runs on the host: call it outside jit, grad and vmap.")
-    if callable(x):
+    if is_start_function(x):
         raise TypeError("`x` is a point to be checked, not a function of theta: give x0(theta).")
     problem, x, theta = prepare(problem, as_arrays(x), as_arrays(theta))
     rule = Implicit() if rule is None else rule

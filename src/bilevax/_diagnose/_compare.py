@@ -7,7 +7,7 @@ from jaxtyping import PyTree
 from .._hypergradient._base import AbstractHypergradient
 from .._hypergradient._entry import check_types
 from .._linear._common import check_count
-from .._problem import Bilevel, as_arrays, prepare, start_at
+from .._problem import Bilevel, as_arrays, prepare, start_as_arrays, start_at
 from .._tree import is_traced, standard_promotion, tree_dtype, tree_norm, tree_size
 from ._compare_rows import measure_curve, measure_rules
 from ._compare_rules import default_rules, find_setting, named_rules
@@ -86,7 +86,7 @@ def compare(
     if is_traced((problem, x0, theta)):
         raise TypeError("bx.compare runs on the host: call it outside jit, grad and vmap.")
     named = None if rules is None else named_rules(rules)
-    x0 = x0 if callable(x0) else as_arrays(x0)
+    x0 = start_as_arrays(x0)
     problem, x0, theta = prepare(problem, x0, as_arrays(theta))
     with standard_promotion():  # theta may have leaves of several dtypes
         found = _compare(problem, x0, theta, named, reference, inner_solver, num_steps, num_rounds)

@@ -7,7 +7,7 @@ from jaxtyping import PyTree
 from .._hypergradient._entry import check_types
 from .._inner._base import AbstractInnerSolver
 from .._inner._default import as_inner_solver
-from .._problem import Bilevel, as_arrays, prepare, start_at
+from .._problem import Bilevel, as_arrays, prepare, start_as_arrays, start_at
 from .._tree import is_traced, standard_promotion, tree_size
 from ._implicit_choice import choose_implicit
 from ._prospect import Inner, look_at_inner
@@ -74,7 +74,7 @@ def recommend(
     """
     check_types(problem)
     _check(problem, x0, theta, rtol, memory)
-    x0 = x0 if callable(x0) else as_arrays(x0)
+    x0 = start_as_arrays(x0)
     problem, x0, theta = prepare(problem, x0, as_arrays(theta))
     solver = as_inner_solver(inner_solver, problem.inner, start_at(x0, theta))
     with standard_promotion():  # theta may have leaves of several dtypes

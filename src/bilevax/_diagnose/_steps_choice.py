@@ -10,6 +10,7 @@ from .._hypergradient._forward_mode import ForwardMode
 from .._hypergradient._unrolled import Unrolled
 from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver
 from .._inner._descent import Descent
+from .._problem import is_start_function
 from .._tree import tree_size
 from ._choice import STEP_BACK, STEP_FORWARD_MODE, Choice
 from ._prospect import Inner
@@ -23,7 +24,7 @@ def depends_on_path(solver: AbstractInnerSolver, x0: PyTree, inner: Inner) -> st
     if not isinstance(solver, AbstractSteppingSolver):
         return ""
     # A solver that goes on until it has converged forgets where it began.
-    if callable(x0) and (solver.is_fixed_length or inner.cross_norm == 0):
+    if is_start_function(x0) and (solver.is_fixed_length or inner.cross_norm == 0):
         return "the start of the inner steps is a function of theta"
     if isinstance(solver, Descent) and _is_learned(solver.optimizer):
         return "the inner optimiser is a function of theta"

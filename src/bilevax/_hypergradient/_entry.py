@@ -12,7 +12,16 @@ from jaxtyping import PyTree
 
 from .._inner._default import as_inner_solver
 from .._inner._external import External
-from .._problem import AbstractCondition, Bilevel, Minimum, as_arrays, prepare, restore, start_at
+from .._problem import (
+    AbstractCondition,
+    Bilevel,
+    Minimum,
+    as_arrays,
+    prepare,
+    restore,
+    start_as_arrays,
+    start_at,
+)
 from .._results import RESULTS, SolveError
 from .._tree import is_traced, lean_jit
 from ._base import AbstractHypergradient, Estimate, HypergradientState
@@ -69,7 +78,7 @@ def hypergradient(
     """
     check_types(problem, rule)
     rule = Implicit() if rule is None else rule
-    x0 = x0 if callable(x0) else as_arrays(x0)
+    x0 = start_as_arrays(x0)
     theta = as_arrays(theta)
     if state is None:
         state = _init(problem, inner_solver, rule, x0, theta)
@@ -144,7 +153,7 @@ def argmin(
     differentiate = Implicit() if rule is None else rule
 
     def x_star(x0: PyTree, theta: PyTree) -> PyTree:
-        x0 = x0 if callable(x0) else as_arrays(x0)
+        x0 = start_as_arrays(x0)
         theta = as_arrays(theta)
         hoisted = _hoist(problem, x0, theta)
         if is_traced(hoisted.inner.fn):
@@ -236,7 +245,7 @@ def _check_state(
 
     def shapes(state: HypergradientState) -> Any:
         arrays = eqx.filter((state.v, state.inner), eqx.is_array)
-        return jax.tree_util.tree_map(lambda a: (a.shape, a.dtype), arrays)
+        return [(a.shape, str(a.dtype)) for a in jax.tree_util.tree_leaves(arrays)]
 
     if shapes(state) != shapes(fresh):
         raise ValueError(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int, PyTree
 
 from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, run
 from .._inner._optimistix import check_positive
-from .._problem import Bilevel, start_at
+from .._problem import Bilevel, is_start_function, start_at
 from .._results import RESULTS
 from .._tree import strong, tree_where, tree_zeros_like
 from ._base import Estimate, HypergradientState
@@ -120,7 +120,7 @@ class PersistentES(AbstractEvolution):
             sums=tree_zeros_like(sums),
             window=jnp.asarray(0, jnp.int32),
             num_estimates=jnp.asarray(0, jnp.int32),
-            x0=None if callable(x0) else x,
+            x0=None if is_start_function(x0) else x,
         )
         return HypergradientState(x=x, v=None, inner=inner, rule=rule)
 
@@ -248,7 +248,7 @@ def _check_same_particles(carries: list[Array], fresh: list[Array]) -> None:
 def _start_of_episodes(episode: _Episode, x0: PyTree) -> PyTree:
     """Where an episode begins: not at `state.x`, which a warm start gives as `x0`."""
     is_function = episode.x0 is None
-    if is_function and not callable(x0):
+    if is_function and not is_start_function(x0):
         raise ValueError(
             "`PersistentES` begins every episode at x0(theta), a function of theta, which this "
             'warm start has replaced by the last x. Use bx.solve, with start=None or start="cold".'

@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 
 from .._inner._base import Counts
 from .._inner._default import as_inner_solver
-from .._problem import Bilevel, as_arrays, bind, restore, start_at
+from .._problem import Bilevel, as_arrays, bind, restore, start_as_arrays, start_at
 from .._results import RESULTS, first_failure
 from .._tree import lean_jit, tree_all_finite, tree_sub
 from ._adjoint import first_of_batch
@@ -71,7 +71,7 @@ def hypergradients(
             "`rule` must be a bx.Implicit without error_estimate, polish, rtol and damping; got "
             f"{rule!r}."
         )
-    x0 = x0 if callable(x0) else as_arrays(x0)
+    x0 = start_as_arrays(x0)
     estimate = _hypergradients(problem, inner_solver, rule, x0, as_arrays(theta))
     return raise_failure(estimate) if throw else estimate
 

@@ -18,7 +18,7 @@ from .._hypergradient._minimum_norm import MinimumNorm
 from .._inner._base import AbstractInnerSolver
 from .._inner._default import as_inner_solver
 from .._inner._external import External, Given
-from .._problem import Bilevel, start_at
+from .._problem import Bilevel, is_start_function, start_at
 from .._tree import tree_norm, tree_where, tree_zeros_like
 from ._base import AbstractMethod, StepInfo
 from ._fall_back import MAX_FAILURES, fall_back, is_usable, same_place
@@ -252,7 +252,7 @@ class DoubleLoop(AbstractMethod):
             return tree_where(is_retry, state.x, prediction.x), prediction
         start = self.start
         if start is None:
-            is_function = callable(x0) and self.hypergradient.differentiates_start
+            is_function = is_start_function(x0) and self.hypergradient.differentiates_start
             start = "cold" if is_function else "warm"
         return (x0 if start == "cold" else state.x), None
 
