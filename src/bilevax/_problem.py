@@ -13,6 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree, Scalar
 
+from ._calls import describe, naming
 from ._tree import strong, tree_dtype, tree_sub
 
 
@@ -33,7 +34,7 @@ class AbstractCondition(eqx.Module):
 
     def __call__(self, x: PyTree, theta: PyTree) -> Any:
         """The user's function, with its data if the level has any."""
-        return _call(self.fn, x, theta, self.data)
+        return _call(self.fn, "inner", x, theta, self.data)
 
 
 class Minimum(AbstractCondition):
@@ -195,7 +196,10 @@ class Bilevel(eqx.Module):
                     "The inner data were given twice: to the condition and as `inner_data`. "
                     "Give them once."
                 )
-            inner = dataclasses.replace(inner, data=_data_as_arrays(inner_data))
+            inner = dataclasses.replace(inner, data=inner_data)
+        if inner.data is not None:
+            name = "data" if inner_data is None else "inner_data"
+            inner = dataclasses.replace(inner, data=_data_as_arrays(inner.data, name))
         if not callable(outer):
             raise TypeError(
                 "`outer` must be a function (x, theta) -> scalar; got "
@@ -205,7 +209,7 @@ class Bilevel(eqx.Module):
         _check_arguments(outer, "outer", outer_data is not None)
         self.inner = inner
         self.outer = outer
-        self.outer_data = _data_as_arrays(outer_data)
+        self.outer_data = _data_as_arrays(outer_data, "outer_data")
 
     @property
     def inner_data(self) -> PyTree:
@@ -214,20 +218,33 @@ class Bilevel(eqx.Module):
 
     def outer_value(self, x: PyTree, theta: PyTree) -> tuple[Scalar, PyTree]:
         """`(value, aux)` of the outer objective; `aux` is `None` if there is none."""
-        out = _call(self.outer, x, theta, self.outer_data)
+        out = _call(self.outer, "outer", x, theta, self.outer_data)
         return out if isinstance(out, tuple) else (out, None)
 
 
-def _data_as_arrays(data: PyTree) -> PyTree:
+def _data_as_arrays(data: PyTree, name: str) -> PyTree:
     """Floats and NumPy arrays in the data as JAX arrays.
 
     Compiled in as constants, each new value would recompile. Integers stay as they are:
     they may be sizes.
     """
+    _check_no_frames(data, name)
     return jtu.tree_map(
         lambda a: _copied(a) if isinstance(a, float | np.ndarray | np.generic) else a,
         data,
     )
+
+
+def _check_no_frames(tree: PyTree, name: str) -> None:
+    """Tables and tensors of other libraries cannot be traced."""
+    for path, leaf in jtu.tree_leaves_with_path(tree):
+        for method in ("to_numpy", "numpy"):
+            if callable(getattr(leaf, method, None)) and not isinstance(leaf, type):
+                where = f"{name}{jtu.keystr(path)}"
+                raise TypeError(
+                    f"`{where}` is a {type(leaf).__name__}, which JAX cannot trace. Give "
+                    f"`{where}.{method}()`, or a dict of such arrays."
+                )
 
 
 def _copied(number: Any) -> Array:
@@ -235,8 +252,12 @@ def _copied(number: Any) -> Array:
     return jnp.asarray(np.array(number) if isinstance(number, np.ndarray) else number)
 
 
-def _call(fn: Callable, x: PyTree, theta: PyTree, data: PyTree) -> Any:
-    return fn(x, theta) if data is None else fn(x, theta, data)
+def _call(fn: Callable, name: str, x: PyTree, theta: PyTree, data: PyTree) -> Any:
+    if data is None:
+        with naming(name, x=x, theta=theta):
+            return fn(x, theta)
+    with naming(name, x=x, theta=theta, data=data):
+        return fn(x, theta, data)
 
 
 def _check_arguments(fn: Callable, name: str, has_data: bool) -> None:
@@ -323,7 +344,10 @@ def bind(problem: Bilevel, x0: PyTree, theta: PyTree) -> tuple[Bilevel, PyTree, 
 
 def start_at(x0: PyTree, theta: PyTree) -> PyTree:
     """The starting point: `x0`, or `x0(theta)` if it is a function of theta."""
-    return x0(theta) if is_start_function(x0) else x0
+    if not is_start_function(x0):
+        return x0
+    with naming("x0", theta=theta):
+        return x0(theta)
 
 
 def is_start_function(x0: PyTree) -> bool:
@@ -372,7 +396,7 @@ class _BoundStart(eqx.Module):
     theta_static: PyTree
 
     def __call__(self, theta: PyTree) -> PyTree:
-        x0 = as_arrays(self.fn(eqx.combine(theta, self.theta_static)))
+        x0 = as_arrays(start_at(self.fn, eqx.combine(theta, self.theta_static)))
         return _split(x0, "x0(theta)")[0]
 
 
@@ -386,6 +410,7 @@ def _is_array(leaf: Any) -> bool:
 
 def _split(tree: PyTree, name: str) -> tuple[PyTree, PyTree]:
     """Floating-point arrays and the rest; integers and complex numbers are refused."""
+    _check_no_frames(tree, name)
     arrays, static = eqx.partition(tree, _is_array)
     for path, leaf in jtu.tree_leaves_with_path(arrays):
         dtype = jnp.result_type(leaf)
@@ -403,7 +428,7 @@ def _not_floating(where: str, dtype: Any) -> str:
             "parts, the pair (z.real, z.imag), and put them together in your functions: "
             "z = real + 1j * imag. Complex numbers in the data are fine."
         )
-    advice = "Write 1.0 for 1, convert with jnp.asarray(..., dtype=float), or keep constants in the data."
+    advice = "Write 1.0 for 1, convert by jnp.asarray(..., dtype=float), or give constants as data."
     if "[" in where or "." in where:
         advice += (
             " A model whose state holds integers (a counter, the state of a random number "
@@ -459,7 +484,7 @@ def _check_scalar(out: Any, name: str) -> None:
             else ""
         )
         raise TypeError(
-            f"`{name}` must return a floating-point scalar{extra}; got {_describe(out)}.{hint}"
+            f"`{name}` must return a floating-point scalar{extra}; got {describe(out)}.{hint}"
         )
 
 
@@ -469,11 +494,5 @@ def _check_structure(out: Any, x: PyTree, name: str) -> None:
     ):
         raise TypeError(
             f"The function of `{name}` must return a pytree of the structure and shapes of "
-            f"x, {_describe(x)}; got {_describe(out)}."
+            f"x, {describe(x)}; got {describe(out)}."
         )
-
-
-def _describe(tree: PyTree) -> str:
-    return str(
-        jtu.tree_map(lambda s: f"{s.dtype}{list(s.shape)}" if hasattr(s, "dtype") else s, tree)
-    )

@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
+from .._calls import naming
 from .._problem import AbstractCondition, restore
 from .._reach._tokens import OnHost
 from .._tree import is_traced
@@ -61,7 +62,8 @@ class Traceable(AbstractInnerSolver):
     def solve(
         self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: None
     ) -> tuple[InnerSolution, None]:
-        x = eqx.filter(self.fn(*_arguments(condition, x0, theta)), eqx.is_inexact_array)
+        x = _named_call(self.fn, _arguments(condition, x0, theta))
+        x = eqx.filter(x, eqx.is_inexact_array)
         x = _as_structure(x, x0)
         return measure(condition, x, x0, theta, self.rtol, self.atol, 1, Counts()), None
 
@@ -112,7 +114,7 @@ class External(AbstractInnerSolver):
             lambda leaf: np.asarray(leaf) if eqx.is_array(leaf) else leaf,
             _arguments(condition, x0, theta),
         )
-        return _as_structure(self.fn(*to_numpy), x0)
+        return _as_structure(_named_call(self.fn, to_numpy), x0)
 
     def solve(
         self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: None
@@ -134,6 +136,11 @@ def _arguments(condition: AbstractCondition, x0: PyTree, theta: PyTree) -> tuple
     """What the user's function is called with: everything in the user's own structure."""
     x0, theta = restore(condition, x0, theta)
     return (x0, theta) if condition.data is None else (x0, theta, condition.data)
+
+
+def _named_call(fn: Callable, arguments: tuple[Any, ...]) -> PyTree:
+    with naming("inner_solver", **dict(zip(("x0", "theta", "data"), arguments, strict=False))):
+        return fn(*arguments)
 
 
 def _as_structure(x: PyTree, x0: PyTree) -> PyTree:
