@@ -29,11 +29,11 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("level", ["inner", "outer"])
+@pytest.mark.parametrize(
+    ("view", "level"),
+    [(view, "inner") for view in VIEWS] + [(view, "outer") for view in VIEWS if view != "argmin"],
+)
 def test_the_function_its_arguments_and_the_line(view, level):
-    if (view, level) == ("argmin", "outer"):
-        pytest.skip("argmin has no outer objective")
     functions = {"inner": fine, "outer": fine, level: wrong}
     problem = bx.Bilevel(**functions, **{f"{level}_data": DATA})
     with pytest.raises(TypeError) as error:

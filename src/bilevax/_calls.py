@@ -2,7 +2,7 @@
 
 import contextlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ _LONGEST = 400  # characters of one argument's description
 
 
 @contextlib.contextmanager
-def naming(name: str, **arguments: PyTree) -> Iterator[None]:
+def naming(name: str, **arguments: PyTree) -> Generator[None]:
     """Adds to an error in a user's function its name, its arguments and the user's own line."""
     try:
         yield
