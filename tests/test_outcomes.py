@@ -229,7 +229,7 @@ def test_a_run_does_not_die_and_says_what_happened():
 
 
 def test_a_run_gives_up_after_ten_failures():
-    problem = bx.Bilevel(lambda x, t: jnp.log(-1.0 - x**2) + t, lambda x, t: x)
+    problem = bx.Bilevel(lambda x, t: jnp.log(-1.0 - x**2) + t * x, lambda x, t: x)
     with pytest.warns(RuntimeWarning, match="NaN"):
         solution = bx.solve(problem, 1.0, 0.5, num_steps=100)
     assert solution.stats["stopped_by"] == "failure"

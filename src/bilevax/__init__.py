@@ -72,3 +72,13 @@ from ._report._progress import Progress as Progress
 from ._report._history import History as History
 from ._report._solution import Solution as Solution
 from ._results import RESULTS as RESULTS, SolveError as SolveError
+
+from ._habits import explain_keywords as _explain_keywords, explain_name as _explain_name
+
+_explain_keywords(globals(), __name__)
+
+
+def __getattr__(name: str) -> object:
+    raise AttributeError(
+        _explain_name(name, [public for public in globals() if not public.startswith("_")])
+    )

@@ -329,4 +329,4 @@ def _report_failures(solution: Solution, throw: bool) -> None:
     if failed and throw:
         raise SolveError(str(solution), solution.result)
     if failed or solution.stats["num_flagged"]:
-        warnings.warn(str(solution), RuntimeWarning, stacklevel=3)
+        warnings.warn(str(solution), RuntimeWarning, stacklevel=4)

@@ -1,7 +1,7 @@
 """`hypergradient`, `argmin` and `jacobian`: the rules as a user calls them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -27,6 +27,7 @@ from .._tree import is_traced, lean_jit
 from ._base import AbstractHypergradient, Estimate, HypergradientState
 from ._implicit import Implicit
 from ._minimum_norm import MinimumNorm
+from ._structure import warn_of_structure
 
 
 def hypergradient(
@@ -46,8 +47,9 @@ def hypergradient(
     **Arguments:**
 
     - `problem`: a `Bilevel`.
-    - `x0`: where the inner solve starts; a pytree of floating-point arrays, or a function
-        of theta.
+    - `x0`: where the inner solve starts; a pytree of floating-point arrays, which is held
+        fixed, or a function of theta, which the rules that differentiate the steps
+        differentiate, too.
     - `theta`: the outer variable; a pytree of floating-point arrays.
     - `inner_solver`: an Optimistix solver, `bx.NewtonCG()`, `bx.LBFGS()`, `bx.Descent(...)`,
         `bx.External(fn)`, `bx.Traceable(fn)` or `bx.Given()`. Default: `bx.NewtonCG()` for a
@@ -59,7 +61,7 @@ def hypergradient(
     - `throw`: raise `bx.SolveError` if the outcome is not successful. With `False`, look
         at `estimate.result`.
 
-    **Returns:** `(Estimate, state)`.
+    **Returns:** the pair `(Estimate, state)`.
 
     **Cost:** an inner solve and what the rule costs; `estimate.stats` counts the products.
 
@@ -95,7 +97,23 @@ def hypergradient(
         )
         stats = jax.tree_util.tree_map(jnp.add, first.stats, estimate.stats)
         estimate = eqx.tree_at(lambda e: e.stats, estimate, stats)
-    return (raise_failure(estimate) if throw else estimate), new_state
+    return EstimateAndState(raise_failure(estimate) if throw else estimate, new_state)
+
+
+class EstimateAndState(NamedTuple):
+    """What `hypergradient` returns: a pair, to be unpacked."""
+
+    estimate: Estimate
+    state: HypergradientState
+
+    def __getattr__(self, name: str) -> Any:
+        hint = ""
+        if name in Estimate.__dataclass_fields__:
+            hint = (
+                " bx.hypergradient returns a pair: write `estimate, state = bx.hypergradient(...)` "
+                f"and then `estimate.{name}`."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}.{hint}")
 
 
 def is_singular(rule: AbstractHypergradient, result: RESULTS) -> bool:
@@ -110,7 +128,7 @@ def _is(result: RESULTS, outcome: RESULTS) -> bool:
 
 
 def argmin(
-    inner: Callable | AbstractCondition,
+    inner: Callable | AbstractCondition | Bilevel,
     inner_solver: Any = None,
     rule: AbstractHypergradient | None = None,
     *,
@@ -125,12 +143,17 @@ def argmin(
     **Arguments:**
 
     - `inner`: `(x, theta) -> scalar`, or a condition such as `bx.Root(fn)`,
-        `bx.Minimum(fn, data)`.
+        `bx.Minimum(fn, data)`, or a `Bilevel`, whose inner level is meant.
     - `inner_solver`, `rule`: as in `bx.hypergradient`.
     - `throw`: raise where the inner or the adjoint solve fails (forwards and backwards).
         With `False` the failed result is NaN: nothing wrong comes out silently.
 
-    **Returns:** a function `(x0, theta) -> x`.
+    **Returns:** a function `(x0, theta) -> x`. `x0` is an argument like theta: the rules that
+    differentiate the steps differentiate it, too. (In `bx.hypergradient` and `bx.solve` a
+    point `x0` is held fixed; there a start that depends on theta is given as a function.)
+
+    With a solution that you have found yourself, `bx.argmin(bx.Root(fn), bx.Given())` attaches
+    its derivative to it: JAXopt's `custom_root`.
 
     **Cost:** an inner solve; a derivative costs what the rule costs. A derivative rule
     cannot return a residual or take a warm start: where these matter use
@@ -147,6 +170,8 @@ def argmin(
 
     Reference: Blondel et al., "Efficient and modular implicit differentiation", 2022, eq. (2).
     """
+    if isinstance(inner, Bilevel):
+        inner = inner.inner
     condition = inner if isinstance(inner, AbstractCondition) else Minimum(inner)
     problem = Bilevel(condition, _no_outer)
     check_types(problem, rule)
@@ -215,6 +240,7 @@ def _init(
 ) -> HypergradientState:
     bound, start, theta_arrays = prepare(problem, x0, theta)
     solver = as_inner_solver(inner_solver, bound.inner, start_at(start, theta_arrays))
+    warn_of_structure(bound, solver, rule.differentiates_start, start, theta_arrays)
     state = rule.init(bound, solver, start, theta_arrays)
     return _in_user_structure(state, bound, theta_arrays)
 

@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._hypergradient._base import STATS
+from .._hypergradient._structure import warn_of_structure
+from .._inner._default import as_inner_solver
 from .._problem import Bilevel, check_values, start_at
 from .._results import RESULTS
 from .._tree import lean_jit
@@ -22,6 +24,9 @@ REASONS = {0: None, 1: "tolerance", 2: "optimizer", 3: "failure", 4: "singular"}
 @lean_jit
 def init_method(problem: Bilevel, method: AbstractMethod, x0: PyTree, theta: PyTree) -> Any:
     check_values(problem, start_at(x0, theta), theta)
+    chosen, rule = getattr(method, "inner_solver", None), getattr(method, "hypergradient", None)
+    solver = as_inner_solver(chosen, problem.inner, start_at(x0, theta))
+    warn_of_structure(problem, solver, bool(rule and rule.differentiates_start), x0, theta)
     # Copied, because the chunks overwrite the state and the arrays are the caller's.
     x0, theta = jtu.tree_map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, (x0, theta))
     return method.init(problem, x0, theta)
