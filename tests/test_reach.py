@@ -418,6 +418,26 @@ def test_every_view_gives_the_new_answer():
             np.testing.assert_allclose(view(), want(target), rtol=1e-6, err_msg=name)
 
 
+def test_bodies_of_loops_and_jitted_helpers_are_traced_again():
+    """JAX keeps their traces by the identity of the function."""
+    scope = {"jnp": jnp, "jax": jax, "target": jnp.asarray(FIRST)}
+    exec(
+        "def body(c, at): return c + (at[0] - target[at[1]]) ** 2, None\n"
+        "def pull(x): return jax.lax.scan(body, 0.0, (x, jnp.arange(2)))[0]\n"
+        "@jax.jit\n"
+        "def shrink(x, theta): return jnp.exp(theta) * jnp.sum(x**2 * target / target)\n",
+        scope,
+    )
+
+    def call():  # another function in each call, over the same body
+        inner = lambda x, theta: scope["pull"](x) + scope["shrink"](x, theta)
+        return bx.hypergradient(bx.Bilevel(inner, outer), X0, THETA)[0].grad
+
+    for target in (FIRST, SECOND, SECOND, FIRST):
+        scope["target"] = jnp.asarray(target)
+        np.testing.assert_allclose(call(), want(target), rtol=1e-6)
+
+
 def test_solve_sees_the_change_and_the_second_run_compiles_nothing():
     thing = Plain(FIRST)
     problem = bx.Bilevel(thing.inner, outer)

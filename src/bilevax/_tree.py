@@ -13,6 +13,7 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import Array, Bool, PyTree, Scalar
 
+from ._reach._firsts import tracing_context
 from ._reach._reach import ARRAY, reach
 
 
@@ -139,7 +140,7 @@ def lean_jit(fn: Callable, *, donate_first: bool = False) -> Callable:
         reached = reach(treedef, tuple(static))
         program = programs.get(reached.key)
         if program is None:
-            program = _Program(fn, treedef, static, donate_first)
+            program = _Program(fn, treedef, static, donate_first, reached.state)
             if not reached.has_tracer:  # what reaches a traced value lives in this call only
                 programs[reached.key] = program
                 if len(programs) > _MAX_PROGRAMS:
@@ -148,7 +149,11 @@ def lean_jit(fn: Callable, *, donate_first: bool = False) -> Callable:
         num_donated = 0
         if donate_first:
             num_donated = sum(eqx.is_array(leaf) for leaf in jtu.tree_leaves(args[0]))
-        arrays_out, rest = program.compiled(arrays[:num_donated], arrays[num_donated:])
+        if program.state:
+            with tracing_context(program.state):
+                arrays_out, rest = program.compiled(arrays[:num_donated], arrays[num_donated:])
+        else:
+            arrays_out, rest = program.compiled(arrays[:num_donated], arrays[num_donated:])
         return eqx.combine(arrays_out, rest.value)
 
     def num_compilations() -> int:
@@ -168,7 +173,9 @@ class _Program:
 
     reached: Any
 
-    def __init__(self, fn: Callable, treedef: Any, static: list[Any], donate: bool) -> None:
+    def __init__(
+        self, fn: Callable, treedef: Any, static: list[Any], donate: bool, state: int
+    ) -> None:
         def flat_fn(donated: list[Array], kept: list[Array]) -> Any:
             arrays = iter([*donated, *kept])
             leaves = [next(arrays) if leaf is ARRAY else leaf for leaf in static]
@@ -177,6 +184,7 @@ class _Program:
             arrays_out, rest = eqx.partition(out, eqx.is_array)
             return arrays_out, _Static(rest)
 
+        self.state = state
         self.compiled = jax.jit(flat_fn, donate_argnums=0 if donate else ())
 
 

@@ -43,19 +43,25 @@ def reach(treedef: Any, leaves: tuple) -> "Reach":
 
 
 class Reach:
-    """What was reached when this was made; `key` is equal for what compiles to one program."""
+    """What was reached when this was made.
+
+    `key` is equal for what compiles to one program; `state` is that of `tracing_context`.
+    """
 
     def __init__(self, treedef: Any, leaves: tuple) -> None:
         names, written = frozenset(), frozenset()
+        is_as_at_first = True
         while True:  # the attributes that the code uses are known after the first pass
             walk = Walk(names, written, _SCRATCH)
             parts = ["array" if leaf is ARRAY else walk.token(leaf) for leaf in leaves]
             parts += [_node_token(walk, *data) for data in _nodes(treedef)]
+            is_as_at_first = is_as_at_first and walk.is_as_at_first
             if walk.found <= names and walk.found_written <= written:
                 break
             names, written = names | walk.found, written | walk.found_written
         self.key = Key((treedef, tuple(parts)))
         self.has_tracer = walk.has_tracer
+        self.state = 0 if is_as_at_first or walk.has_tracer else hash(self.key) or 1
         self._functions, self._slots, self._places = walk.functions, walk.slots, walk.places
         self._alive = leaves, walk.alive  # their addresses stand for them
 

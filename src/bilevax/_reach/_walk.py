@@ -11,6 +11,7 @@ import jax.core
 import numpy as np
 
 from ._code import facts, is_library_file, is_library_module
+from ._firsts import is_as_at_first
 from ._places import CONTAINERS, Place, are_all_same, flat_items, has_content, is_container, is_it
 from ._tokens import Content, OnHost, Same, atom_token, identity
 
@@ -50,6 +51,7 @@ class Walk:
         self.slots: list[tuple[Mapping, str, Any]] = []
         self.places: list[Place] = []
         self.has_tracer = False
+        self.is_as_at_first = True
         self.alive: list[Any] = []
         self._seen: dict[int, int] = {}
 
@@ -87,7 +89,7 @@ class Walk:
         return type(value), tuple(self.token(getattr(value, name, None)) for name in names)
 
     def _module(self, value: types.ModuleType) -> Any:
-        return Same(value), self._named(vars(value), is_all=False)
+        return Same(value), self._named(vars(value), is_all=False, holder=value)
 
     def _function(self, fn: types.FunctionType) -> Any:
         code, known = fn.__code__, facts(fn.__code__)
@@ -100,6 +102,10 @@ class Walk:
         ]
         parts: list[Any] = ["function", code, tuple(cells)]
         self.functions.append((fn, code, fn.__defaults__))  # a notebook may reload them in place
+        state: dict[Any, Any] = {"defaults": id(fn.__defaults__), "code": id(code)}
+        for name, cell in zip(code.co_freevars, fn.__closure__ or (), strict=True):
+            if ("cell", name) not in known.written:
+                state["cell", name] = _mark(_contents(cell))
         parts.append(self.token(fn.__defaults__))
         if fn.__kwdefaults__:
             parts.append(self._items(fn.__kwdefaults__))
@@ -107,6 +113,7 @@ class Walk:
             parts.append(self._named(fn.__dict__, is_all=False))
             parts.append(self.token(getattr(fn, "__wrapped__", None)))
         if is_library_file(code.co_filename):
+            self._compare(fn, state)
             return *parts, fn.__module__
         reached = fn.__globals__
         for name in sorted(known.globals):
@@ -115,15 +122,17 @@ class Walk:
             parts.append(self._slot(reached, name, value, is_written, is_filled))
             if value is MISSING:
                 parts.append(name if hasattr(builtins, name) else None)
+            elif not is_written:
+                state["global", name] = _mark(value)
+        self._compare(fn, state)
         return tuple(parts)
 
-    def _cell(self, cell: types.CellType, is_written: bool, is_filled: bool) -> Any:
-        def read() -> Any:
-            try:
-                return cell.cell_contents
-            except ValueError:  # not yet filled
-                return MISSING
+    def _compare(self, owner: Any, state: dict[Any, Any]) -> None:
+        if not is_as_at_first(owner, state):
+            self.is_as_at_first = False
 
+    def _cell(self, cell: types.CellType, is_written: bool, is_filled: bool) -> Any:
+        read = functools.partial(_contents, cell)
         return self._place(cell, "cell_contents", read, is_written, is_filled)
 
     def _slot(
@@ -161,6 +170,7 @@ class Walk:
         if array.flags.writeable or array.base is not None:
             place = Place(array, (id(array), None), lambda: array, content, has_content)
             self.places.append(place)
+        self._compare(array, {"content": hash(content.raw)})
         return content
 
     def _container(self, value: Any) -> Any:
@@ -171,6 +181,7 @@ class Walk:
 
     def _items(self, value: Any) -> Any:
         flat = flat_items(value)
+        self._compare(value, dict(enumerate(map(_mark, [*flat, len(flat)]))))
         self.places.append(
             Place(value, (id(value), None), lambda: flat_items(value), flat, are_all_same)
         )
@@ -184,7 +195,7 @@ class Walk:
             for name, value in list(vars(owner).items()):
                 is_called = name.startswith("__") and isinstance(value, types.FunctionType)
                 if (name in self.names or is_called) and name not in _NOT_USED:
-                    parts.append((name, self._attribute(vars(owner), name, value)))
+                    parts.append((name, self._attribute(vars(owner), name, value, owner)))
         return tuple(parts)
 
     def _object(self, value: Any) -> Any:
@@ -205,9 +216,11 @@ class Walk:
         is_all = is_library_module(cls.__module__) and (
             callable(value) or hasattr(cls, "__getattr__") or hasattr(cls, "__getitem__")
         )
-        return self._named(vars(value), is_all, cls)
+        return self._named(vars(value), is_all, cls, value)
 
-    def _named(self, owner: Mapping, is_all: bool, cls: type | None = None) -> Any:
+    def _named(
+        self, owner: Mapping, is_all: bool, cls: type | None = None, holder: Any = None
+    ) -> Any:
         """The attributes that some code names, or all, where it may read any."""
         is_all = is_all or not self.names.isdisjoint(_READS_ANY)
         parts = []
@@ -215,12 +228,26 @@ class Walk:
             value = owner.get(name, MISSING)
             if value is MISSING and not hasattr(cls, name):
                 continue
-            parts.append((name, self._attribute(owner, name, value)))
+            parts.append((name, self._attribute(owner, name, value, holder)))
         return tuple(parts)
 
-    def _attribute(self, owner: Mapping, name: str, value: Any) -> Any:
+    def _attribute(self, owner: Mapping, name: str, value: Any, holder: Any) -> Any:
         is_written = ("attribute", name) in self.written
+        if holder is not None and not is_written:
+            self._compare(holder, {name: _mark(value)})
         return self._slot(owner, name, value, is_written, ("filled", name) in self.written)
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not yet filled
+        return MISSING
+
+
+def _mark(value: Any) -> Any:
+    """Numbers by value, objects by their address."""
+    return atom_token(value) if isinstance(value, bool | int | float | str) else id(value)
 
 
 def _is_atom(value: Any) -> bool:
