@@ -245,9 +245,12 @@ def test_batches_take_no_memory():
 
 
 PROBLEM, X0, THETA = make_problem()
-NO_DATA = bx.Bilevel(lambda x, t: jnp.sum((x - t["decay"]) ** 2), lambda x, t: jnp.sum(x**2))
+NO_DATA = bx.Bilevel(
+    lambda x, t: jnp.sum((x - t["decay"]) ** 2) * jnp.sum(t["weights"]),
+    lambda x, t: jnp.sum(x**2),
+)
 MIXED = bx.Bilevel(
-    lambda x, t, d: jnp.sum((x - t["decay"]) ** 2),
+    lambda x, t, d: jnp.sum((x - t["decay"]) ** 2) * jnp.sum(t["weights"]),
     lambda x, t: jnp.sum(x**2),
     inner_data={"a": jnp.ones((3, 2)), "b": jnp.ones(4)},
 )

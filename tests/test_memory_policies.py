@@ -208,7 +208,7 @@ def test_an_exploding_derivative_is_flagged(checkpoints):
 
 def test_growth_is_the_mean_norm_of_the_adjoint():
     # one variable, x_{k+1} = 0.9 x_k: the adjoint before step k is 0.9^(K - k)
-    problem = bx.Bilevel(lambda x, theta: 0.05 * x**2 + 0 * theta, lambda x, theta: x)
+    problem = bx.Bilevel(lambda x, theta: 0.05 * x**2 + 0 * theta * x, lambda x, theta: x)
     factors = 0.9 ** np.arange(1, 11)
     for checkpoints in (10, 3):
         rule = bx.Unrolled(checkpoints=checkpoints)
