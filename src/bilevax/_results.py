@@ -39,6 +39,18 @@ class RESULTS(eqx.Enumeration):
         "starting point, and reduce step sizes; jax.config.update('jax_debug_nans', "
         "True) shows the operation."
     )
+    not_smooth = (
+        "The inner objective is not smooth at x: its gradient jumps there (an absolute value, a "
+        "maximum, a hinge, relu), so that its zero does not define how x* moves with theta. "
+        "Smooth the kink (jnp.sqrt(x**2 + eps), jax.nn.softplus), or state the problem as the "
+        "fixed point of a proximal step, bx.FixedPoint, which is smooth away from changes of "
+        "the support."
+    )
+    unbounded = (
+        "The inner solve diverged: along its steps the inner objective falls without end, so "
+        "that there is no minimum. Check its sign, regularise it (+ 1e-3 * jnp.sum(x**2)), or "
+        "keep x in its domain."
+    )
     stalled = (
         "The precision floor was reached before the tolerance: rounding errors of this "
         "dtype are larger than what was asked for. Use float64 "

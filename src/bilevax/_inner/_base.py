@@ -9,10 +9,11 @@ from jaxtyping import Array, Int, PyTree, Scalar
 
 from .._problem import AbstractCondition
 from .._results import RESULTS
-from .._tree import default_rtol, tree_all_finite, tree_larger, tree_norm
+from .._tree import default_rtol, tree_all_finite
+from ._kinks import flag_kink
+from ._newton_direction import ROUNDING as ROUNDING
+from ._own_scale import compared_with, norm, own_magnitude, two_products
 
-# A gradient below so many units of rounding of its scale (`measure`) is rounding alone.
-ROUNDING = 100
 
 
 class Counts(eqx.Module):
@@ -129,10 +130,9 @@ def measure(
 ) -> InnerSolution:
     """The evidence for an `x` that came from anywhere.
 
-    A zero of a gradient has no scale of its own, and the gradient at `x0` says nothing
-    after a warm start. The residual is therefore compared with `||A z||`, `A` the
-    derivative of the residual at `x` and `z` the larger of `x` and `x0` entry by entry:
-    for `U = 1/2 x'Ax - c'x` that is `||c||`. One gradient and one Hessian product.
+    The residual is compared with the size of the terms that cancel in it, `||A x||` in
+    all and row by row (see `_own_scale.py`): for `U = 1/2 x'Ax - c'x` that is `||c||`. One
+    gradient and two Hessian products.
     """
     rtol = default_rtol(x) if rtol is None else rtol
     residual, scale = residual_and_scale(condition, x, x0, theta)
@@ -143,22 +143,24 @@ def measure(
     result = RESULTS.where(residual <= tolerance, RESULTS.successful, result)
     finite = jnp.isfinite(residual) & tree_all_finite(x)
     result = RESULTS.where(finite, result, RESULTS.nonfinite)
+    result = flag_kink(condition, x, x0, theta, scale, result)
     return InnerSolution(
         x=x,
         residual=residual,
         tolerance=tolerance,
         num_steps=jnp.asarray(num_steps, jnp.int32),
         result=result,
-        counts=counts + Counts(gradients=1, hessian=1),
+        counts=counts + Counts(gradients=1, hessian=2),
     )
 
 
 def residual_and_scale(
     condition: AbstractCondition, x: PyTree, x0: PyTree, theta: PyTree
 ) -> tuple[Scalar, Scalar]:
-    """`||residual||` and the `||A z||` it is compared with; see `measure`."""
-    residual, product = jax.jvp(lambda x: condition.residual(x, theta), (x,), (tree_larger(x, x0),))
-    return tree_norm(residual), tree_norm(product)
+    """`||residual||` and the size it is compared with; see `measure`."""
+    residual, product = jax.linearize(lambda x: condition.residual(x, theta), x)
+    scale = compared_with(residual, *two_products(product, own_magnitude(x, x0)))
+    return norm(residual), scale
 
 
 def run(

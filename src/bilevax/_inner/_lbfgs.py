@@ -15,7 +15,6 @@ from .._tree import (
     tree_axpy,
     tree_dot,
     tree_dtype,
-    tree_larger,
     tree_scale,
     tree_sub,
     tree_where,
@@ -23,6 +22,7 @@ from .._tree import (
 )
 from ._lbfgs_history import History, empty_history
 from ._line_search import is_decrease, is_level, is_lost, rounding, shrink
+from ._own_scale import compared_with, own_magnitude, two_products
 from ._measured import AbstractMeasuredMinimiser, AbstractMeasuredState, empty_aux, outcome, size
 
 # So many steps without a smaller gradient, where the objective no longer changes, are the
@@ -36,11 +36,12 @@ class LBFGS(AbstractMeasuredMinimiser):
     `y <- y - t B g`, `g` the gradient and `B` the inverse Hessian of the last pairs of
     steps and changes of the gradient. Stops when
 
-        ||g|| <= atol + rtol ||H z||,    z entrywise the larger of y and the start,
+        ||g|| <= atol + rtol ||g|| / omega,
 
-    in two-norms, `H` the Hessian, measured at the `y` that is returned. On
-    `1/2 y'Ay - c'y` the right-hand side is `atol + rtol ||c||`; it means the same for
-    cold and warm starts.
+    measured at the `y` that is returned. The error `omega` is the larger of
+    `||g|| / ||H y||` in two-norms, `H` the Hessian (on `1/2 y'Ay - c'y` that is
+    `||g|| / ||c||`), and of the componentwise backward error, `|g_i|` over the terms of its
+    row in root mean square: no variable hides behind another of larger scale.
 
     **Arguments:**
 
@@ -112,6 +113,7 @@ class LBFGS(AbstractMeasuredMinimiser):
             f=one,
             residual=one,
             tolerance=one,
+            scale=one,
             slope=-one,
             full_slope=-one,
             best=jnp.inf * one,
@@ -156,15 +158,19 @@ class LBFGS(AbstractMeasuredMinimiser):
             (state.y_eval, gradient, aux, f, residual),
             (y, state.gradient, state.aux, state.f, state.residual),
         )
-        z = tree_larger(new_y, state.y0)
+        z = own_magnitude(new_y, state.y0)
         is_measured = state.is_first | is_over | (accept & (residual <= state.tolerance))
-        product = jax.lax.cond(
-            is_measured,
-            lambda: jax.jvp(lambda y: evaluate(y)[0], (new_y,), (z,))[1],
-            lambda: tree_zeros_like(z),
+
+        def hessian_product(z: PyTree) -> PyTree:
+            return jax.jvp(lambda y: evaluate(y)[0], (new_y,), (z,))[1]
+
+        zeros = tree_zeros_like(z)
+        plain, signed = jax.lax.cond(
+            is_measured, lambda: two_products(hessian_product, z), lambda: (zeros, zeros)
         )
-        scale = optx.two_norm(product)
-        tolerance = jnp.where(is_measured, self.tolerance(y, scale), state.tolerance)
+        scale = optx.two_norm(plain)
+        own = jnp.where(is_measured, compared_with(gradient, plain, signed), state.scale)
+        tolerance = jnp.where(is_measured, self.tolerance(y, own), state.tolerance)
         is_done = is_measured & jnp.isfinite(residual) & (residual <= tolerance)
 
         # 3. the next candidate
@@ -184,12 +190,13 @@ class LBFGS(AbstractMeasuredMinimiser):
             f=f,
             residual=residual,
             tolerance=jnp.where(state.is_first & is_finite & ~is_done, guess, tolerance),
+            scale=own,
             slope=jnp.where(accept, slope, factor * state.slope),
             full_slope=jnp.where(accept, slope, state.full_slope),
             best=jnp.minimum(residual, state.best),
             num_idle=num_idle,
             num_gradients=state.num_gradients + 1,
-            num_hessian_products=state.num_hessian_products + is_measured.astype(jnp.int32),
+            num_hessian_products=state.num_hessian_products + 2 * is_measured.astype(jnp.int32),
             is_done=is_done,
             result=outcome(is_over & ~is_done, is_finite),
         )
@@ -207,6 +214,7 @@ class _State(AbstractMeasuredState):
     f: Scalar
     residual: Scalar
     tolerance: Scalar  # an estimate until the residual is below it
+    scale: Scalar  # at the last measurement
     slope: Scalar  # derivative along the step to the candidate, times its length
     full_slope: Scalar  # the same for the whole step
     best: Scalar  # the smallest residual

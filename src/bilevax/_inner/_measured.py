@@ -12,18 +12,20 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from .._tree import default_rtol, tree_norm
+from ._own_scale import norm
 
 
 class AbstractMeasuredState(eqx.Module):
     """The part of a state that is reported.
 
     `residual` is the two-norm of the gradient at the last accepted iterate, `tolerance`
-    what it has to reach.
+    what it has to reach, `scale` what it was compared with.
     """
 
     aux: eqx.AbstractVar[PyTree]
     residual: eqx.AbstractVar[Scalar]
     tolerance: eqx.AbstractVar[Scalar]
+    scale: eqx.AbstractVar[Scalar]
     num_gradients: eqx.AbstractVar[Int[Array, ""]]
     num_hessian_products: eqx.AbstractVar[Int[Array, ""]]
     is_done: eqx.AbstractVar[Bool[Array, ""]]
@@ -89,6 +91,7 @@ class AbstractMeasuredMinimiser(optx.AbstractMinimiser):
         stats = {
             "residual": state.residual,
             "tolerance": state.tolerance,
+            "scale": state.scale,
             "num_gradients": state.num_gradients,
             "num_hessian_products": state.num_hessian_products,
         }
@@ -102,7 +105,7 @@ class AbstractMeasuredMinimiser(optx.AbstractMinimiser):
 
 def size(a: PyTree[Array]) -> Scalar:
     """Two-norm for decisions: not differentiated, since it has no derivative at zero."""
-    return tree_norm(jax.lax.stop_gradient(a))
+    return norm(jax.lax.stop_gradient(a))
 
 
 def empty_aux(aux_struct: PyTree) -> PyTree:

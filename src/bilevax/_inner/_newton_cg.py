@@ -1,7 +1,7 @@
 """Newton's method, its linear systems solved as far as they deserve."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,18 @@ from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from .._linear._common import check_count, check_tolerance
 from .._tree import (
+    default_rtol,
     tree_axpy,
     tree_dot,
     tree_dtype,
-    tree_larger,
     tree_size,
     tree_sub,
     tree_where,
 )
 from ._line_search import is_decrease, is_level, is_lost, shrink
 from ._measured import AbstractMeasuredMinimiser, AbstractMeasuredState, empty_aux, outcome, size
-from ._newton_direction import cg_direction, dense_direction
+from ._newton_direction import cg_direction, dense_newton
+from ._own_scale import compared_with, own_magnitude, two_products
 
 # Up to this size a dense Hessian is no slower than conjugate gradients, and exact.
 _DENSE_SIZE = 32
@@ -33,10 +34,13 @@ class NewtonCG(AbstractMeasuredMinimiser):
     `y <- y + t p`, where `||H p + g|| <= eta ||g||`, `g` and `H` the gradient and the
     Hessian at `y`, and `t = 1` unless the line search shortens the step. Stops when
 
-        ||g|| <= atol + rtol ||H z||,    z entrywise the larger of y and the start,
+        ||g|| <= atol + rtol ||g|| / omega,
 
-    in two-norms, measured at the `y` that is returned. On `1/2 y'Ay - c'y` the right-hand
-    side is `atol + rtol ||c||`; it means the same for cold and warm starts.
+    measured at the `y` that is returned. The error `omega` is the larger of
+    `||g|| / ||H y||` in two-norms (on `1/2 y'Ay - c'y` that is `||g|| / ||c||`), and of the
+    componentwise backward error, `|g_i|` over the terms of its row in root mean square: no
+    variable hides behind another of larger scale. With a factorised Hessian (`dense`) it is
+    also the Newton step over `y`, entry by entry.
 
     **Arguments:**
 
@@ -110,6 +114,7 @@ class NewtonCG(AbstractMeasuredMinimiser):
             f=one,
             residual=one,
             tolerance=one,
+            scale=one,
             slope=-one,
             full_slope=-one,
             expected=jnp.inf * one,
@@ -137,27 +142,15 @@ class NewtonCG(AbstractMeasuredMinimiser):
         # 1. objective, gradient and Hessian at the candidate: the only evaluation
         gradient, product, (f, aux) = jax.linearize(evaluate, state.y_eval, has_aux=True)
         f, residual = f.astype(state.f.dtype), size(gradient)
-        scale = size(product(tree_larger(state.y_eval, state.y0)))
-        tolerance = self.tolerance(y, scale)
 
         # 2. accept or reject it
-        is_finite = jnp.isfinite(f) & jnp.isfinite(residual) & jnp.isfinite(scale)
+        is_finite = jnp.isfinite(f) & jnp.isfinite(residual)
         accept = is_finite & (state.is_first | _is_progress(state, f, residual))
-        is_done = accept & (residual <= tolerance)
 
-        # 3. the next direction; a zero right-hand side costs nothing
-        is_needed = accept & ~is_done
-        b = jtu.tree_map(lambda g: jnp.where(is_needed, -g, jnp.zeros_like(g)), gradient)
-        if self._is_dense(y):
-            found = dense_direction(product, b, is_needed)
-        else:
-            # The scale at the next iterate is about ||H z - g||, and is not zero after a
-            # start at zero. Half of the tolerance, because this is a guess.
-            next_scale = jnp.maximum(scale, residual)
-            target = 0.5 * self.tolerance(y, next_scale)
-            eta = _forcing(state, residual, target, next_scale)
-            found = cg_direction(product, b, eta, self.max_cg_steps)
-        direction, expected, num_products = found
+        # 3. is it a solution, and if not, the next direction
+        find = self._dense if self._is_dense(y) else self._by_cg
+        found = find(state, product, gradient, residual, accept)
+        is_done, direction = found.is_done, found.direction
 
         # 4. the next candidate, and the outcome
         moved, slope = tree_sub(state.y_eval, y), tree_dot(gradient, direction)
@@ -165,9 +158,9 @@ class NewtonCG(AbstractMeasuredMinimiser):
         is_lost_now = is_lost(state.f, factor * state.slope, state.full_slope)
         is_over = ~accept & (state.is_first | is_lost_now)
         ahead = jtu.tree_map(jnp.add, state.y_eval, direction)
-        kept = (state.aux, state.f, state.residual, state.tolerance)
-        new = (aux, f, residual, tolerance)
-        aux, f, residual, tolerance = tree_where(accept | state.is_first, new, kept)
+        kept = (state.aux, state.f, state.residual, state.tolerance, state.scale)
+        new = (aux, f, residual, found.tolerance, found.scale)
+        aux, f, residual, tolerance, scale = tree_where(accept | state.is_first, new, kept)
         new_state = _State(
             y_eval=tree_where(accept, ahead, tree_axpy(factor, moved, y)),
             y0=state.y0,
@@ -175,18 +168,71 @@ class NewtonCG(AbstractMeasuredMinimiser):
             f=f,
             residual=residual,
             tolerance=tolerance,
+            scale=scale,
             slope=jnp.where(accept, slope, factor * state.slope),
             full_slope=jnp.where(accept, slope, state.full_slope),
-            expected=jnp.where(accept, expected, jnp.inf),
+            expected=jnp.where(accept, found.expected, jnp.inf),
             num_gradients=state.num_gradients + 1,
-            num_hessian_products=state.num_hessian_products + 1 + num_products,
+            num_hessian_products=state.num_hessian_products + found.num_products,
             is_done=is_done,
             result=outcome(is_over, is_finite),
         )
         return tree_where(accept, state.y_eval, y), new_state, aux
 
+    def _dense(
+        self,
+        state: "_State",
+        product: Callable[[PyTree], PyTree],
+        gradient: PyTree[Array],
+        residual: Scalar,
+        accept: Bool[Array, ""],
+    ) -> "_Found":
+        z = own_magnitude(state.y_eval, state.y0)
+        rtol = default_rtol(z) if self.rtol is None else self.rtol
+        newton = dense_newton(product, gradient, z, rtol, accept)
+        tolerance = self.tolerance(z, newton.scale)
+        is_done = accept & (residual <= tolerance)
+        direction = jtu.tree_map(lambda p: jnp.where(is_done, 0, p), newton.direction)
+        expected = jnp.zeros_like(residual)
+        scale = newton.scale
+        return _Found(is_done, tolerance, scale, direction, expected, newton.num_products)
+
+    def _by_cg(
+        self,
+        state: "_State",
+        product: Callable[[PyTree], PyTree],
+        gradient: PyTree[Array],
+        residual: Scalar,
+        accept: Bool[Array, ""],
+    ) -> "_Found":
+        plain, signed = two_products(product, own_magnitude(state.y_eval, state.y0))
+        scale = compared_with(gradient, plain, signed)
+        tolerance = self.tolerance(gradient, scale)
+        is_done = accept & (residual <= tolerance)
+        # A zero right-hand side costs nothing.
+        is_needed = accept & ~is_done
+        b = jtu.tree_map(lambda g: jnp.where(is_needed, -g, jnp.zeros_like(g)), gradient)
+        # The scale at the next iterate is about ||H z - g||, and is not zero after a
+        # start at zero. Half of the tolerance, because this is a guess.
+        next_scale = jnp.maximum(size(plain), residual)
+        target = 0.5 * self.tolerance(gradient, next_scale)
+        eta = _forcing(state, residual, target, next_scale)
+        direction, expected, num_products = cg_direction(product, b, eta, self.max_cg_steps)
+        return _Found(is_done, tolerance, scale, direction, expected, num_products + 2)
+
     def _is_dense(self, y: PyTree[Array]) -> bool:
         return tree_size(y) <= _DENSE_SIZE if self.dense is None else self.dense
+
+
+class _Found(NamedTuple):
+    """What the Hessian at a candidate tells."""
+
+    is_done: Bool[Array, ""]
+    tolerance: Scalar
+    scale: Scalar
+    direction: PyTree[Array]
+    expected: Scalar  # the residual after the step, if the objective is quadratic
+    num_products: Int[Array, ""]
 
 
 class _State(AbstractMeasuredState):
@@ -198,6 +244,7 @@ class _State(AbstractMeasuredState):
     f: Scalar
     residual: Scalar
     tolerance: Scalar
+    scale: Scalar
     slope: Scalar  # derivative along the step to the candidate, times its length
     full_slope: Scalar  # the same for the whole Newton step
     expected: Scalar  # the residual at the candidate if the objective is quadratic

@@ -1,6 +1,7 @@
 """Directions of Newton's method: `H p = b`, as far as `H` and the accuracy allow."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,14 @@ from .._tree import (
     tree_to_flat,
     tree_zeros_like,
 )
+from ._own_scale import norm, norm_over_error, root_mean_square
+
+# A gradient below so many units of rounding of its scale is rounding alone.
+ROUNDING = 100
+# Of a variable's own scale, where rounding errors keep it from being better.
+ENOUGH = 1e-2
+# The rounding errors of an entry of the Hessian, and of its factorisation, for each variable.
+_FEW = 10
 
 Direction = tuple[PyTree[Array], Scalar, Int[Array, ""]]
 
@@ -55,39 +64,115 @@ def cg_direction(
     return v, jnp.sqrt(jax.lax.stop_gradient(rr)), k
 
 
-def dense_direction(
-    product: Callable[[PyTree], PyTree], b: PyTree[Array], is_needed: Bool[Array, ""]
-) -> Direction:
-    """The Hessian column by column, and Cholesky; as many products as variables."""
-    size, dtype = tree_size(b), tree_dtype(b)
+class DenseNewton(NamedTuple):
+    """A Newton step from the whole Hessian, and what the matrix tells of the gradient."""
 
-    def solve() -> PyTree[Array]:
-        hessian, flat = dense_columns(product, b), tree_to_flat(b)
-        factor = jnp.linalg.cholesky(hessian)
-        pivots = jnp.diagonal(factor) ** 2
-        # False also where a pivot is not a number: the Hessian is then indefinite.
-        is_definite = jnp.min(pivots) > size * jnp.finfo(dtype).eps * jnp.max(pivots)
-        direction = jax.lax.cond(
-            is_definite,
-            lambda: jax.scipy.linalg.cho_solve((factor, True), flat),
-            lambda: _saddle_free(hessian, flat),
-        )
-        return flat_to_tree(direction, b)
+    direction: PyTree[Array]
+    scale: Scalar  # what the norm of the gradient is compared with
+    num_products: Int[Array, ""]
 
-    direction = jax.lax.cond(is_needed, solve, lambda: tree_zeros_like(b))
+
+def dense_newton(
+    product: Callable[[PyTree], PyTree],
+    gradient: PyTree[Array],
+    z: PyTree[Array],
+    rtol: Scalar | float,
+    is_needed: Bool[Array, ""],
+) -> DenseNewton:
+    """The Hessian column by column, and Cholesky; as many products as variables.
+
+    The matrix is known here, so that the accuracy of the point is, too: the Newton step,
+    entry by entry, over the variable it moves. Where the gradient is nothing but
+    rounding errors no more can be had, and a hundredth of every variable will do.
+    """
+    size, dtype = tree_size(gradient), tree_dtype(gradient)
+    # There is no Cholesky factorisation in half precision.
+    work = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+
+    def solve() -> tuple[Array, Scalar]:
+        columns = dense_columns(product, gradient).astype(work)
+        g, magnitude = (tree_to_flat(a).astype(work) for a in (gradient, z))
+        step = _step(columns, -g)
+        fixed = jax.lax.stop_gradient((columns, g, magnitude, step))
+        return step.astype(dtype), _compared_with(*fixed, rtol).astype(dtype)
+
+    nothing = jnp.zeros(size, dtype), jnp.zeros((), dtype)
+    step, scale = jax.lax.cond(is_needed, solve, lambda: nothing)
     count = jnp.where(is_needed, size, 0).astype(jnp.int32)
-    return direction, jnp.zeros((), dtype), count
+    return DenseNewton(flat_to_tree(step, gradient), scale, count)
 
 
-def _saddle_free(hessian: Float[Array, "d d"], b: Float[Array, " d"]) -> Float[Array, " d"]:
+def _compared_with(
+    hessian: Float[Array, "d d"],
+    g: Float[Array, " d"],
+    z: Float[Array, " d"],
+    step: Float[Array, " d"],
+    rtol: Scalar | float,
+) -> Scalar:
+    """See `_own_scale.py`; the error is also that of x itself, the Newton step over it."""
+    eps = jnp.finfo(g.dtype).eps
+    rtol = jnp.maximum(rtol, eps).astype(g.dtype)
+    rows = jnp.abs(hessian) @ jnp.abs(z)
+    backward = root_mean_square(g, rows)
+    # A variable that is zero by chance errs by the rounding errors of the others.
+    unit = _unit(hessian)
+    rounding = ROUNDING * eps * jnp.max(unit * jnp.abs(z)) / unit
+    forward = root_mean_square(step, jnp.abs(z) + rounding / rtol)
+    is_floor = jnp.all(jnp.abs(g) <= ROUNDING * eps * rows)
+    forward = jnp.where(is_floor, forward * rtol / jnp.maximum(rtol, ENOUGH), forward)
+    return norm_over_error(g, norm(hessian @ z), jnp.maximum(backward, forward))
+
+
+def _unit(hessian: Float[Array, "d d"]) -> Float[Array, " d"]:
+    """One over the length in which the curvature measures each variable."""
+    diagonal = jnp.sqrt(jnp.abs(jnp.diagonal(hessian)))
+    return jnp.where(diagonal > 0, diagonal, 1)
+
+
+def _step(columns: Float[Array, "d d"], b: Float[Array, " d"]) -> Float[Array, " d"]:
+    """`H^-1 b`; where `H` is not definite, what `_saddle_free` says.
+
+    Every variable is measured in the length that its curvature gives it: whether a matrix
+    is singular is otherwise a question of units.
+    """
+    unit = jax.lax.stop_gradient(_unit(columns))
+    scaled = columns / jnp.outer(unit, unit)
+    symmetric = (scaled + scaled.T) / 2
+    # The Hessian errs by what makes it asymmetric, and by a few rounding errors.
+    asymmetry = jnp.sqrt(jnp.sum((scaled - symmetric) ** 2))
+    noise = jax.lax.stop_gradient(_FEW * b.size * jnp.finfo(b.dtype).eps + asymmetry)
+    factor = jnp.linalg.cholesky(symmetric, symmetrize_input=False)
+    # False also where a pivot is not a number: the Hessian is then indefinite.
+    is_definite = jnp.min(jnp.diagonal(factor) ** 2) > noise
+    return jax.lax.cond(
+        is_definite,
+        lambda: jax.scipy.linalg.cho_solve((factor, True), b / unit) / unit,
+        lambda: _saddle_free(symmetric, b / unit, unit, noise),
+    )
+
+
+def _saddle_free(
+    scaled: Float[Array, "d d"], b: Float[Array, " d"], unit: Float[Array, " d"], noise: Scalar
+) -> Float[Array, " d"]:
     """`|H|^-1 b`: Newton steps away from maxima and saddle points.
 
     Where `H` has no curvature, gradient descent: nothing happens along directions in
     which the objective does not change (Dauphin et al. 2014, arXiv:1406.2572, section 4).
+    Nor is the rest of the step allowed a part along them, orthogonal in the user's own
+    units: of all solutions the one nearest to the start is meant.
     """
-    values, vectors = jnp.linalg.eigh((hessian + hessian.T) / 2)
+    values, vectors = jnp.linalg.eigh(scaled, symmetrize_input=False)
     values = jnp.abs(values)
     largest = jnp.max(values)
+    is_curved = values > noise * largest
     largest = jnp.where(largest > 0, largest, jnp.sqrt(jnp.sum(b * b)))
-    is_curved = values > b.size * jnp.finfo(b.dtype).eps * largest
-    return vectors @ ((b @ vectors) / jnp.where(is_curved, values, largest))
+    parts = (b @ vectors) / jnp.where(is_curved, values, largest)
+    curved = vectors @ jnp.where(is_curved, parts, 0) / unit
+    flat = vectors @ jnp.where(is_curved, 0, parts) / unit
+    # the projection, by the normal equations of the flat directions, each of length one
+    null = jnp.where(is_curved[None, :], 0, vectors / unit[:, None])
+    length = jnp.sqrt(jnp.sum(null**2, axis=0))
+    null = null / jnp.where(is_curved, 1, length)[None, :]
+    gram = null.T @ null + jnp.diag(is_curved.astype(b.dtype))
+    along = null @ jnp.linalg.solve(gram, null.T @ curved)
+    return curved - along + flat

@@ -12,7 +12,8 @@ from jaxtyping import Array, PyTree, Scalar
 from .._problem import AbstractCondition, FixedPoint, LeastSquares, objective
 from .._results import RESULTS
 from .._tree import Opaque, tree_all_finite, tree_dot
-from ._base import AbstractSteppingSolver, Counts, InnerSolution, measure, run
+from ._base import ROUNDING, AbstractSteppingSolver, Counts, InnerSolution, measure, run
+from ._kinks import flag_kink
 from ._lbfgs import LBFGS
 from ._lbfgs_history import empty_history
 from ._measured import AbstractMeasuredMinimiser
@@ -143,12 +144,14 @@ class Optimistix(AbstractSteppingSolver):
             rtol = self.solver.rtol if self.rtol is None else self.rtol
             atol = self.solver.atol if self.atol is None else self.atol
             return measure(condition, x, x0, theta, rtol, atol, count, counts), None
+        outcome = _outcome(result, stats)
+        outcome = flag_kink(condition, x, x0, theta, stats["scale"], outcome)
         solution = InnerSolution(
             x=x,
             residual=stats["residual"],
             tolerance=stats["tolerance"],
             num_steps=count,
-            result=_outcome(result, stats["residual"] <= stats["tolerance"]),
+            result=outcome,
             counts=Counts(stats["num_gradients"], stats["num_hessian_products"]),
         )
         return solution, self._memory(carry)
@@ -168,6 +171,8 @@ class Optimistix(AbstractSteppingSolver):
 
 
 _TAGS: frozenset[object] = frozenset()
+# More than `measure` takes for rounding, because the search has found nothing better.
+_GIVEN_UP = 10
 
 
 def _own_rtol(solver: Optimistix) -> Any:
@@ -178,11 +183,17 @@ def _is_none(leaf: Any) -> bool:
     return leaf is None
 
 
-def _outcome(result: Any, converged: Array) -> RESULTS:
-    """The verdict of a solver that measures its own residual (`NewtonCG`, `LBFGS`)."""
-    out = RESULTS.where(converged, RESULTS.successful, RESULTS.inner_not_converged)
-    stalled = ~converged & (result == optx.RESULTS.stagnation)
-    out = RESULTS.where(stalled, RESULTS.stalled, out)
+def _outcome(result: Any, stats: dict[str, Any]) -> RESULTS:
+    """The verdict of a solver that measures its own residual (`NewtonCG`, `LBFGS`).
+
+    A line search that gives up has stalled only if nothing but rounding errors is left.
+    """
+    residual, eps = stats["residual"], jnp.finfo(stats["residual"].dtype).eps
+    is_floor = (result == optx.RESULTS.stagnation) & (
+        residual <= _GIVEN_UP * ROUNDING * eps * stats["scale"]
+    )
+    out = RESULTS.where(is_floor, RESULTS.stalled, RESULTS.inner_not_converged)
+    out = RESULTS.where(residual <= stats["tolerance"], RESULTS.successful, out)
     return RESULTS.where(result == optx.RESULTS.nonfinite, RESULTS.nonfinite, out)
 
 

@@ -1,0 +1,81 @@
+"""Why an inner solve failed: a kink, no minimum, rounding errors, or too few steps.
+
+A program of its own, run where a solve was flagged: what succeeds does not pay for it.
+"""
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, PyTree, Scalar
+
+from .._problem import AbstractCondition, objective
+from .._results import RESULTS
+from .._tree import tree_axpy, tree_dtype, tree_larger, tree_norm, tree_scale, tree_sub
+from ._base import residual_and_scale
+from ._kinks import jump_across, not_zero, step_across
+from ._newton_direction import ROUNDING
+
+# A kink that explains a residual is of its size.
+_PART = 0.3
+# Across a kink the jump stays when the step is halved; a smooth third order falls by eight.
+_STAYS = 0.4
+# Steps beyond x, in units of the way from the start, by which an objective without a
+# minimum must have fallen on and on.
+_BEYOND = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
+
+
+def explain(
+    condition: AbstractCondition, x: PyTree, x0: PyTree, theta: PyTree, result: RESULTS
+) -> RESULTS:
+    """The outcome of a solve from `x0` that was flagged at `x`, named more exactly.
+
+    About 16 gradients, eight Hessian products and six values.
+    """
+    residual, scale = residual_and_scale(condition, x, x0, theta)
+
+    def fn(x: PyTree) -> PyTree:
+        return condition.residual(x, theta)
+
+    # The rounding errors of the gradient, as steps of a few of them show them.
+    eps = jnp.finfo(tree_dtype(x)).eps
+    noise = 0.5 * jump_across(fn, x, tree_scale(8 * eps, x))
+    is_floor = (residual <= 10 * noise) | (residual <= ROUNDING * eps * scale)
+    why = RESULTS.where(is_floor, RESULTS.stalled, RESULTS.inner_not_converged)
+    if objective(condition) is not None:
+        is_kink = _is_kink(fn, x, x0, residual, jnp.sqrt(eps).astype(residual.dtype) * scale)
+        why = RESULTS.where(is_kink, RESULTS.not_smooth, why)
+        why = RESULTS.where(_is_unbounded(condition, x, x0, theta), RESULTS.unbounded, why)
+    is_open = (result == RESULTS.inner_not_converged) | (result == RESULTS.stalled)
+    return RESULTS.where(is_open, why, result)
+
+
+def _is_kink(
+    fn: object, x: PyTree, x0: PyTree, residual: Scalar, least: Scalar
+) -> Bool[Array, ""]:
+    """Whether the gradient jumps near x by as much as is left of it."""
+    step = step_across(tree_dtype(x))
+    near = not_zero(x, x0)
+    far = jtu.tree_map(lambda a: jnp.maximum(jnp.abs(a), 1), tree_larger(x, x0))
+    sizes = [tree_scale(step, near), tree_scale(step, tree_larger(near, x0))]
+    sizes += [tree_scale(step, far), tree_scale(30 * step, far)]
+    sizes = [half for size in sizes for half in (size, tree_scale(0.5, size))]
+    stacked = jtu.tree_map(lambda *a: jnp.stack(a), *sizes)
+    jumps = jax.lax.map(lambda d: jump_across(fn, x, d), stacked)  # type: ignore[arg-type]
+    whole, half = jumps[::2], jumps[1::2]
+    # False also where the gradient is not a number, outside the domain.
+    return jnp.any((half >= _PART * residual) & (half > least) & (half >= _STAYS * whole))
+
+
+def _is_unbounded(
+    condition: AbstractCondition, x: PyTree, x0: PyTree, theta: PyTree
+) -> Bool[Array, ""]:
+    """Whether the objective falls on and on, far beyond x."""
+    inner = objective(condition)
+    assert inner is not None
+    way = tree_sub(x, x0)
+    beyond = jnp.asarray(_BEYOND, tree_dtype(x))
+    values = jax.lax.map(lambda t: inner(tree_axpy(t, way, x), theta), beyond)
+    first, here = inner(x0, theta), inner(x, theta)
+    is_falling = jnp.all(values[1:] < values[:-1]) | (values[-1] == -jnp.inf)
+    is_far = values[-1] < here - 10 * jnp.abs(first - here)
+    return is_falling & is_far & (values[0] < here) & (tree_norm(way) > 0)

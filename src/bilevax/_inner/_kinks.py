@@ -1,0 +1,140 @@
+"""Kinks: points where a gradient jumps, so that x* does not move smoothly with theta.
+
+At a kink that is met exactly (a lasso coefficient of zero, a hinge) the gradient that JAX
+returns is one of many, and its zero says nothing. What tells is the gradient on both sides:
+`g(x + d) - g(x - d) - 2 H d` is of third order in `d` where the objective is smooth, and
+the jump of the gradient where a kink lies in between.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.extend.core import ClosedJaxpr, Literal
+from jaxtyping import Array, PyTree, Scalar
+
+from .._linear._common import signs_like
+from .._problem import AbstractCondition, objective
+from .._results import RESULTS
+from .._tree import tree_axpy, tree_dtype, tree_norm, tree_scale
+
+# A jump of this part of the terms of a gradient is no rounding error, and moves x.
+_JUMP = 1e-3
+# Results of these have a kink in their operands; comparisons, where something is selected.
+_KINKED = frozenset("max min abs sign clamp sort reduce_max reduce_min cummax cummin".split())
+_KINKED |= frozenset("floor ceil round rem argmax argmin reduce_window_max".split())
+_KINKED |= frozenset("eq ne lt le gt ge select_and_gather_add top_k".split())
+# Functions of JAX that are smooth although they are written with such primitives.
+_SMOOTH = frozenset("logaddexp logaddexp2 softplus log_softmax softmax logsumexp".split())
+_LOOPS = frozenset(("scan", "while", "cond"))
+
+
+def flag_kink(
+    condition: AbstractCondition,
+    x: PyTree,
+    x0: PyTree,
+    theta: PyTree,
+    scale: Scalar,
+    result: RESULTS,
+) -> RESULTS:
+    """`not_smooth` where a successful `x` is at a kink; two gradients and a product.
+
+    Nothing is computed for functions in which nothing could have a kink.
+    """
+    is_objective = objective(condition) is not None
+    if not (is_objective and may_have_kinks(lambda x: condition(x, theta), x)):
+        return result
+    direction = tree_scale(step_across(tree_dtype(x)), not_zero(x, x0))
+    is_candidate = result == RESULTS.successful
+    jump = jax.lax.cond(
+        is_candidate,
+        lambda: jump_across(lambda x: condition.residual(x, theta), x, direction),
+        lambda: jnp.zeros_like(scale),
+    )
+    # False where the gradient is not a number: outside the domain nothing is known.
+    is_kink = is_candidate & (jump > _JUMP * scale) & (jump > 0)
+    return RESULTS.where(is_kink, RESULTS.not_smooth, result)
+
+
+def jump_across(
+    residual: Callable[[PyTree], PyTree], x: PyTree[Array], direction: PyTree[Array]
+) -> Scalar:
+    """`||g(x + d) - g(x - d) - 2 H d||`, the signs of `d` a fixed pattern."""
+    d = jtu.tree_map(lambda a: jnp.abs(a) * signs_like(a), direction)
+    product = jax.jvp(residual, (x,), (d,))[1]
+    both = jax.lax.map(residual, jtu.tree_map(lambda a, s: jnp.stack([a + s, a - s]), x, d))
+    change = jtu.tree_map(lambda g: g[0] - g[1], both)
+    return tree_norm(tree_axpy(-2.0, product, change))
+
+
+def step_across(dtype: Any) -> float:
+    """How far to step, relative to x: 1e-5 in float64, 1e-3 in float32.
+
+    The cube root of the rounding errors is where they are as large as the third order.
+    """
+    return float(jnp.finfo(dtype).eps) ** (1 / 3)
+
+
+def not_zero(x: PyTree[Array], x0: PyTree[Array]) -> PyTree[Array]:
+    """Magnitudes of the variables to step by: of x; where that is zero, of x0; else one."""
+
+    def size(x: Array, x0: Array) -> Array:
+        return jnp.where(x != 0, jnp.abs(x), jnp.where(x0 != 0, jnp.abs(x0), 1))
+
+    return jtu.tree_map(size, x, x0)
+
+
+def may_have_kinks(fn: Callable[[PyTree], PyTree], x: PyTree) -> bool:
+    """Whether a result of `fn` depends on x through a primitive that has kinks."""
+    jaxpr = jax.make_jaxpr(fn)(x)
+    return any(kinked for _, kinked in _follow(jaxpr, [(True, False)] * len(jaxpr.in_avals)))
+
+
+# Of a value: whether it depends on x, and whether it does so through a kink.
+_Trace = tuple[bool, bool]
+
+
+def _follow(closed: ClosedJaxpr, operands: list[_Trace]) -> list[_Trace]:
+    jaxpr = closed.jaxpr
+    known: dict[Any, _Trace] = dict(zip(jaxpr.invars, operands, strict=True))
+
+    def read(atom: Any) -> _Trace:
+        return (False, False) if isinstance(atom, Literal) else known.get(atom, (False, False))
+
+    for equation in jaxpr.eqns:
+        inputs = [read(atom) for atom in equation.invars]
+        known.update(zip(equation.outvars, _through(equation, inputs), strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _through(equation: Any, inputs: list[_Trace]) -> list[_Trace]:
+    """What one equation makes of its operands."""
+    name, params = equation.primitive.name, equation.params
+    depends, kinked = any(d for d, _ in inputs), any(k for _, k in inputs)
+    same = [(depends, kinked)] * len(equation.outvars)
+    if not depends or name == "stop_gradient":
+        return [(False, False)] * len(equation.outvars)
+    if params.get("name") in _SMOOTH:
+        return same
+    if name == "ne" and len(set(map(id, equation.invars))) == 1:  # is it not a number
+        return [(False, False)]
+    if name == "is_finite":
+        return [(False, False)]
+    parts = [part for value in params.values() for part in _parts(value)]
+    if name in _LOOPS or (parts and len(parts) > 1):
+        all_depend = [
+            any(k for _, k in _follow(part, [(True, False)] * len(part.in_avals)))
+            for part in parts
+        ]
+        return [(True, kinked or any(all_depend))] * len(equation.outvars)
+    if parts and len(parts[0].in_avals) == len(inputs):
+        return _follow(parts[0], inputs)
+    return [(True, kinked or name in _KINKED)] * len(equation.outvars)
+
+
+def _parts(value: Any) -> list[ClosedJaxpr]:
+    values = value if isinstance(value, tuple | list) else (value,)
+    parts = [part for part in values if hasattr(part, "eqns")]
+    return [p if isinstance(p, ClosedJaxpr) else ClosedJaxpr(p, ()) for p in parts]
