@@ -11,12 +11,14 @@ import optax
 from jaxtyping import PyTree
 
 from .._inner._default import as_inner_solver
+from .._inner._explain import explain
 from .._inner._external import External
 from .._problem import (
     AbstractCondition,
     Bilevel,
     Minimum,
     as_arrays,
+    bind,
     prepare,
     restore,
     start_as_arrays,
@@ -97,6 +99,9 @@ def hypergradient(
         )
         stats = jax.tree_util.tree_map(jnp.add, first.stats, estimate.stats)
         estimate = eqx.tree_at(lambda e: e.stats, estimate, stats)
+    if is_unexplained(estimate.result):
+        result = explained(problem, x0, theta, estimate.x, estimate.result)
+        estimate = eqx.tree_at(lambda e: e.result, estimate, result)
     return EstimateAndState(raise_failure(estimate) if throw else estimate, new_state)
 
 
@@ -114,6 +119,13 @@ class EstimateAndState(NamedTuple):
                 f"and then `estimate.{name}`."
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}.{hint}")
+
+
+def is_unexplained(result: RESULTS) -> bool:
+    """Whether the inner solve failed in a way that `explained` may name more exactly."""
+    if result.is_traced():
+        return False
+    return _is(result, RESULTS.inner_not_converged) or _is(result, RESULTS.stalled)
 
 
 def is_singular(rule: AbstractHypergradient, result: RESULTS) -> bool:
@@ -232,6 +244,16 @@ def run_on_host(problem: Bilevel, solver: External, x0: PyTree, theta: PyTree) -
     bound, start, theta_arrays = prepare(problem, x0, theta)
     x = solver.on_host(bound.inner, start_at(start, theta_arrays), theta_arrays)
     return as_arrays(restore(bound.inner, x, theta_arrays)[0])
+
+
+@lean_jit
+def explained(
+    problem: Bilevel, x0: PyTree, theta: PyTree, x: PyTree, result: RESULTS
+) -> RESULTS:
+    """The outcome of an inner solve from `x0` that failed at `x`; see `_inner/_explain.py`."""
+    bound, start, theta_arrays = bind(problem, x0, theta)
+    _, x, _ = bind(problem, x, theta)
+    return explain(bound.inner, x, start_at(start, theta_arrays), theta_arrays, result)
 
 
 @lean_jit

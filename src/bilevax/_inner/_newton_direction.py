@@ -142,8 +142,10 @@ def _step(columns: Float[Array, "d d"], b: Float[Array, " d"]) -> Float[Array, "
     asymmetry = jnp.sqrt(jnp.sum((scaled - symmetric) ** 2))
     noise = jax.lax.stop_gradient(_FEW * b.size * jnp.finfo(b.dtype).eps + asymmetry)
     factor = jnp.linalg.cholesky(symmetric, symmetrize_input=False)
-    # False also where a pivot is not a number: the Hessian is then indefinite.
-    is_definite = jnp.min(jnp.diagonal(factor) ** 2) > noise
+    # One over the sum of the inverse eigenvalues: pivots err by more than rounding where
+    # those before them are small. False also where one is not a number: it is indefinite.
+    inverse = jax.scipy.linalg.solve_triangular(factor, jnp.eye(b.size, dtype=b.dtype), lower=True)
+    is_definite = jax.lax.stop_gradient(jnp.sum(inverse**2)) * noise < 1
     return jax.lax.cond(
         is_definite,
         lambda: jax.scipy.linalg.cho_solve((factor, True), b / unit) / unit,

@@ -41,6 +41,8 @@ def two_products(
     do: the terms of a row may cancel in it, as they do in the rows of a linear term that
     happens to be zero.
     """
+    if not jtu.tree_leaves(z):
+        return z, z
     pair = jtu.tree_map(lambda a: jnp.stack([a, a * signs_like(a)]), z)
     both = jax.vmap(product)(pair)
     return jtu.tree_map(lambda a: a[0], both), jtu.tree_map(lambda a: a[1], both)

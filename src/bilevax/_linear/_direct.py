@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
@@ -32,9 +33,12 @@ class Direct(AbstractIterativeLinearSolver):
     """`v = A^+ b` from the eigenvalues of the matrix, which is formed column by column.
 
     For small systems, or many right-hand sides: they share one factorisation under `vmap`.
-    An eigenvalue is zero if it is below `max(4 size eps, asymmetry)` times the largest,
-    `asymmetry` being the relative difference between the matrix and its transpose, which
-    is nothing but the rounding errors of the products.
+    Rows and columns are first scaled to entries of order one (by the roots of a symmetric
+    diagonal), so that the units of the variables do not matter. An eigenvalue is then
+    zero if it is below `max(4 size eps, asymmetry)` times the largest, `asymmetry` being
+    the relative difference between the matrix and its transpose, which is nothing but the
+    rounding errors of the products. "Smallest norm" and "least squares" are meant in the
+    units of the variables all the same.
 
     **Arguments:**
 
@@ -99,8 +103,8 @@ class Direct(AbstractIterativeLinearSolver):
         value = first + jnp.where(is_better, change, 0)
 
         # Backward error: v solves a system that differs from this one by rounding.
-        missing = jnp.sqrt(jnp.sum(spectrum.outside(flat) ** 2))
-        norm_b, norm_v = jnp.sqrt(jnp.sum(flat**2)), jnp.sqrt(jnp.sum(value**2))
+        missing = _norm(spectrum.outside(flat))
+        norm_b, norm_v = _norm(spectrum.rows * flat), _norm(value / spectrum.columns)
         is_inside = missing <= spectrum.relative * norm_b + spectrum.threshold * norm_v
         relative = missing / jnp.where(norm_b > 0, norm_b, 1)
         tolerance = jnp.full_like(relative, default_rtol(b))
@@ -125,25 +129,51 @@ class Direct(AbstractIterativeLinearSolver):
 
 
 class _Spectrum(NamedTuple):
-    """`A = left diag(values) right'`, values of no more than `threshold` being zeros."""
+    """`diag(rows) A diag(columns) = left diag(values) right'`.
+
+    Values of no more than `threshold` are zeros.
+    """
 
     left: Float[Array, "d d"]
     values: Float[Array, " d"]
     right: Float[Array, "d d"]
+    rows: Float[Array, " d"]
+    columns: Float[Array, " d"]
     relative: Scalar
     threshold: Scalar
     is_negative: Bool[Array, ""]
 
+    @property
+    def is_zero(self) -> Bool[Array, " d"]:
+        return jnp.abs(self.values) <= self.threshold
+
     def solve(self, b: Float[Array, " d"]) -> Float[Array, " d"]:
-        is_zero = jnp.abs(self.values) <= self.threshold
-        inverse = jnp.where(is_zero, 0, 1 / jnp.where(is_zero, 1, self.values))
-        return self.right @ (inverse * (b @ self.left))
+        """`A^+ b`: of the part of `b` in the range the solution without a null part."""
+        b = b - _along(b, self.left * self.rows[:, None], self.is_zero)
+        inverse = jnp.where(self.is_zero, 0, 1 / jnp.where(self.is_zero, 1, self.values))
+        v = self.columns * (self.right @ (inverse * ((self.rows * b) @ self.left)))
+        return v - _along(v, self.right * self.columns[:, None], self.is_zero)
 
     def outside(self, b: Float[Array, " d"]) -> Float[Array, " d"]:
-        return jnp.where(jnp.abs(self.values) <= self.threshold, b @ self.left, 0)
+        """The parts of the scaled `b` that are not in the range."""
+        return jnp.where(self.is_zero, (self.rows * b) @ self.left, 0)
+
+
+def _along(
+    a: Float[Array, " d"], vectors: Float[Array, "d d"], is_chosen: Bool[Array, " d"]
+) -> Float[Array, " d"]:
+    """The orthogonal projection of `a` onto the span of the chosen columns."""
+    length = jnp.sqrt(jnp.sum(vectors**2, axis=0))
+    basis = jnp.where(is_chosen, 1 / jnp.where(length > 0, length, 1), 0)[None, :] * vectors
+    gram = basis.T @ basis + jnp.diag(jnp.where(is_chosen, 0, 1).astype(a.dtype))
+    # `lax.cond` would run both sides under vmap; most matrices have no null space.
+    return basis @ jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(gram), True), basis.T @ a)
 
 
 def _eigenvalues(columns: Float[Array, "d d"]) -> _Spectrum:
+    diagonal = jnp.sqrt(jnp.abs(jnp.diagonal(columns)))
+    unit = 1 / jnp.where(diagonal > 0, diagonal, 1)
+    columns = columns * jnp.outer(unit, unit)
     symmetric = (columns + columns.T) / 2
     values, vectors = jnp.linalg.eigh(symmetric, symmetrize_input=False)
     largest = jnp.max(jnp.abs(values))
@@ -152,14 +182,27 @@ def _eigenvalues(columns: Float[Array, "d d"]) -> _Spectrum:
     relative = _relative(columns) + asymmetry / jnp.where(largest > 0, largest, 1)
     threshold = relative * largest
     is_negative = jnp.min(values) < -threshold
-    return _Spectrum(vectors, values, vectors, relative, threshold, is_negative)
+    return _Spectrum(vectors, values, vectors, unit, unit, relative, threshold, is_negative)
 
 
 def _singular_values(columns: Float[Array, "d d"]) -> _Spectrum:
-    right, values, left = jnp.linalg.svd(columns)
+    # `columns` is the transpose: its columns are the rows of A.
+    of_columns = _inverse(jnp.max(jnp.abs(columns), axis=1))
+    scaled = of_columns[:, None] * columns
+    of_rows = _inverse(jnp.max(jnp.abs(scaled), axis=0))
+    right, values, left = jnp.linalg.svd(scaled * of_rows[None, :])
     relative = _relative(columns)
     threshold = relative * jnp.max(values)
-    return _Spectrum(left.T, values, right, relative, threshold, jnp.zeros((), bool))
+    no = jnp.zeros((), bool)
+    return _Spectrum(left.T, values, right, of_rows, of_columns, relative, threshold, no)
+
+
+def _inverse(size: Float[Array, " d"]) -> Float[Array, " d"]:
+    return 1 / jnp.where(size > 0, size, 1)
+
+
+def _norm(a: Float[Array, " d"]) -> Scalar:
+    return jnp.sqrt(jnp.sum(a**2))
 
 
 def _relative(columns: Float[Array, "d d"]) -> Scalar:
