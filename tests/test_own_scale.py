@@ -47,8 +47,8 @@ def test_a_solution_far_smaller_than_the_start(solver, dtype, weights):
     if solver == "BFGS" and dtype == jnp.float32:
         inner_solver = optx.BFGS(1e-4, 1e-4)
     num_right = 0
-    for weight in weights:
-        one, two, weight = (jnp.asarray(a, dtype) for a in (1.0, 2.0, weight))
+    for number in weights:
+        one, two, weight = (jnp.asarray(a, dtype) for a in (1.0, 2.0, number))
         estimate = hypergradient(barrier, log_of_it, one, two, weight, inner_solver=inner_solver)
         num_right += is_right_or_flagged(estimate, -0.5)
     assert num_right >= (0 if solver == "BFGS" else len(weights) - 1)

@@ -247,9 +247,7 @@ def run_on_host(problem: Bilevel, solver: External, x0: PyTree, theta: PyTree) -
 
 
 @lean_jit
-def explained(
-    problem: Bilevel, x0: PyTree, theta: PyTree, x: PyTree, result: RESULTS
-) -> RESULTS:
+def explained(problem: Bilevel, x0: PyTree, theta: PyTree, x: PyTree, result: RESULTS) -> RESULTS:
     """The outcome of an inner solve from `x0` that failed at `x`; see `_inner/_explain.py`."""
     bound, start, theta_arrays = bind(problem, x0, theta)
     _, x, _ = bind(problem, x, theta)

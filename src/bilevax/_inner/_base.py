@@ -11,9 +11,8 @@ from .._problem import AbstractCondition
 from .._results import RESULTS
 from .._tree import default_rtol, tree_all_finite
 from ._kinks import flag_kink
-from ._newton_direction import ROUNDING as ROUNDING
+from ._newton_direction import ROUNDING
 from ._own_scale import compared_with, norm, own_magnitude, two_products
-
 
 
 class Counts(eqx.Module):

@@ -37,21 +37,19 @@ def explain(
         return condition.residual(x, theta)
 
     # The rounding errors of the gradient, as steps of a few of them show them.
-    eps = jnp.finfo(tree_dtype(x)).eps
+    eps = float(jnp.finfo(tree_dtype(x)).eps)
     noise = 0.5 * jump_across(fn, x, tree_scale(8 * eps, x))
     is_floor = (residual <= 10 * noise) | (residual <= ROUNDING * eps * scale)
     why = RESULTS.where(is_floor, RESULTS.stalled, RESULTS.inner_not_converged)
     if objective(condition) is not None:
-        is_kink = _is_kink(fn, x, x0, residual, jnp.sqrt(eps).astype(residual.dtype) * scale)
+        is_kink = _is_kink(fn, x, x0, residual, eps**0.5 * scale)
         why = RESULTS.where(is_kink, RESULTS.not_smooth, why)
         why = RESULTS.where(_is_unbounded(condition, x, x0, theta), RESULTS.unbounded, why)
     is_open = (result == RESULTS.inner_not_converged) | (result == RESULTS.stalled)
     return RESULTS.where(is_open, why, result)
 
 
-def _is_kink(
-    fn: object, x: PyTree, x0: PyTree, residual: Scalar, least: Scalar
-) -> Bool[Array, ""]:
+def _is_kink(fn: object, x: PyTree, x0: PyTree, residual: Scalar, least: Scalar) -> Bool[Array, ""]:
     """Whether the gradient jumps near x by as much as is left of it."""
     step = step_across(tree_dtype(x))
     near = not_zero(x, x0)

@@ -23,11 +23,13 @@ from .._tree import tree_axpy, tree_dtype, tree_norm, tree_scale
 # A jump of this part of the terms of a gradient is no rounding error, and moves x.
 _JUMP = 1e-3
 # Results of these have a kink in their operands; comparisons, where something is selected.
-_KINKED = frozenset("max min abs sign clamp sort reduce_max reduce_min cummax cummin".split())
-_KINKED |= frozenset("floor ceil round rem argmax argmin reduce_window_max".split())
-_KINKED |= frozenset("eq ne lt le gt ge select_and_gather_add top_k".split())
+_KINKED = frozenset(
+    ["max", "min", "abs", "sign", "clamp", "sort", "top_k", "floor", "ceil", "round", "rem"]
+    + ["reduce_max", "reduce_min", "reduce_window_max", "cummax", "cummin", "argmax", "argmin"]
+    + ["select_and_gather_add", "eq", "ne", "lt", "le", "gt", "ge"]
+)
 # Functions of JAX that are smooth although they are written with such primitives.
-_SMOOTH = frozenset("logaddexp logaddexp2 softplus log_softmax softmax logsumexp".split())
+_SMOOTH = frozenset(["logaddexp", "logaddexp2", "softplus", "log_softmax", "softmax", "logsumexp"])
 _LOOPS = frozenset(("scan", "while", "cond"))
 
 
@@ -113,25 +115,19 @@ def _through(equation: Any, inputs: list[_Trace]) -> list[_Trace]:
     """What one equation makes of its operands."""
     name, params = equation.primitive.name, equation.params
     depends, kinked = any(d for d, _ in inputs), any(k for _, k in inputs)
-    same = [(depends, kinked)] * len(equation.outvars)
-    if not depends or name == "stop_gradient":
-        return [(False, False)] * len(equation.outvars)
+    num = len(equation.outvars)
+    is_nan_test = name == "ne" and len(set(map(id, equation.invars))) == 1
+    if not depends or is_nan_test or name in {"stop_gradient", "is_finite"}:
+        return [(False, False)] * num
     if params.get("name") in _SMOOTH:
-        return same
-    if name == "ne" and len(set(map(id, equation.invars))) == 1:  # is it not a number
-        return [(False, False)]
-    if name == "is_finite":
-        return [(False, False)]
+        return [(True, kinked)] * num
     parts = [part for value in params.values() for part in _parts(value)]
-    if name in _LOOPS or (parts and len(parts) > 1):
-        all_depend = [
-            any(k for _, k in _follow(part, [(True, False)] * len(part.in_avals)))
-            for part in parts
-        ]
-        return [(True, kinked or any(all_depend))] * len(equation.outvars)
-    if parts and len(parts[0].in_avals) == len(inputs):
+    if len(parts) == 1 and name not in _LOOPS and len(parts[0].in_avals) == len(inputs):
         return _follow(parts[0], inputs)
-    return [(True, kinked or name in _KINKED)] * len(equation.outvars)
+    # Of a loop or a branch every operand counts as one that depends on x.
+    inside = [_follow(part, [(True, False)] * len(part.in_avals)) for part in parts]
+    kinked |= any(k for results in inside for _, k in results)
+    return [(True, kinked or name in _KINKED)] * num
 
 
 def _parts(value: Any) -> list[ClosedJaxpr]:

@@ -22,8 +22,8 @@ from .._tree import (
 )
 from ._lbfgs_history import History, empty_history
 from ._line_search import is_decrease, is_level, is_lost, rounding, shrink
-from ._own_scale import compared_with, own_magnitude, two_products
 from ._measured import AbstractMeasuredMinimiser, AbstractMeasuredState, empty_aux, outcome, size
+from ._own_scale import compared_with, own_magnitude, two_products
 
 # So many steps without a smaller gradient, where the objective no longer changes, are the
 # precision floor: on its way down the gradient of L-BFGS rises for a few steps at a time.

@@ -29,7 +29,7 @@ def own_magnitude(x: PyTree[Array], x0: PyTree[Array]) -> PyTree[Array]:
 
     A solution that is exactly zero could not be reached to a relative accuracy otherwise.
     """
-    return tree_larger(x, tree_scale(jnp.finfo(tree_dtype(x)).eps, x0))
+    return tree_larger(x, tree_scale(float(jnp.finfo(tree_dtype(x)).eps), x0))
 
 
 def two_products(
@@ -48,9 +48,7 @@ def two_products(
     return jtu.tree_map(lambda a: a[0], both), jtu.tree_map(lambda a: a[1], both)
 
 
-def compared_with(
-    gradient: PyTree[Array], plain: PyTree[Array], signed: PyTree[Array]
-) -> Scalar:
+def compared_with(gradient: PyTree[Array], plain: PyTree[Array], signed: PyTree[Array]) -> Scalar:
     """`||g|| / omega`, the norm that `g` is compared with, from `two_products`.
 
     A decision: not differentiated.
