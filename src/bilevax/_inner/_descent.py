@@ -11,7 +11,14 @@ import optax
 from jaxtyping import Array, PyTree
 
 from .._problem import AbstractCondition, objective
-from .._tree import optimizer_as_pytree, standard_promotion, strong, tree_dtype, tree_norm
+from .._tree import (
+    optimizer_as_pytree,
+    standard_promotion,
+    stop_gradient,
+    strong,
+    tree_dtype,
+    tree_norm,
+)
 from ._base import (
     ROUNDING,
     AbstractSteppingSolver,
@@ -37,8 +44,8 @@ class Descent(AbstractSteppingSolver):
     - `optimizer`: any `optax.GradientTransformation`, or a function of theta that returns
         one (its own parameters can then be learned by unrolling).
     - `num_steps`: the number of updates.
-    - `rtol`, `atol`: stop as soon as `||grad_x U|| <= atol + rtol * scale`, `scale` being
-        that of `measure` at the starting point. By default there is no stopping test.
+    - `rtol`, `atol`: stop as soon as `||grad_x U|| <= atol + rtol * scale`, `scale` as in
+        `measure`. By default there is no stopping test.
     - `carry_state`: start with the optimiser's own state (moments, step counts) of the
         previous outer step. Off by default: moments that belong to another theta often hurt.
     - `batches`: each step sees a batch of the inner data, regenerated from the number of
@@ -174,9 +181,7 @@ class Descent(AbstractSteppingSolver):
             # optimiser learns are 0/0: it rests there, and so does the derivative of x.
             rtol = ROUNDING * jnp.finfo(tree_dtype(x0)).eps
         residual, scale = residual_and_scale(condition, x0, x0, theta)
-        tolerance = (self.atol or 0.0) + (0.0 if rtol is None else rtol) * jnp.maximum(
-            scale, residual
-        )
+        tolerance = self._tolerance(jnp.maximum(scale, residual), rtol)
         return x0, optimizer_state, tolerance, jnp.array(False)
 
     def step(
@@ -209,8 +214,17 @@ class Descent(AbstractSteppingSolver):
             new_state = new_state, batch_step + 1
         if len(carry) == 2:
             return new_x, new_state
-        tolerance = carry[2]
-        done = tree_norm(grad) <= tolerance
+        residual, tolerance = tree_norm(jax.lax.stop_gradient(grad)), carry[2]
+        done = residual <= tolerance
+        if self._has_tolerance:
+            # What the start let guess is measured where it decides.
+            fixed = stop_gradient((condition, x, x, theta))
+            tolerance = jax.lax.cond(
+                done,
+                lambda: self._tolerance(residual_and_scale(*fixed)[1], self.rtol),
+                lambda: tolerance,
+            )
+            done = residual <= tolerance
         kept = jax.lax.cond(done, lambda: (x, optimizer_state), lambda: (new_x, new_state))
         return *kept, tolerance, done
 
@@ -247,6 +261,9 @@ class Descent(AbstractSteppingSolver):
             return state if self.carry_state else fresh
         moments = state[0] if self.carry_state else fresh[0]
         return moments, fresh[1] if self.restart_batches else state[1]
+
+    def _tolerance(self, scale: Array, rtol: Any) -> Array:
+        return (self.atol or 0.0) + (0.0 if rtol is None else rtol) * scale
 
     def _initial(self, x0: PyTree, theta: PyTree) -> PyTree:
         with standard_promotion():

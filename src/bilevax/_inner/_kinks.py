@@ -24,9 +24,33 @@ from .._tree import tree_axpy, tree_dtype, tree_norm, tree_scale
 _JUMP = 1e-3
 # Results of these have a kink in their operands; comparisons, where something is selected.
 _KINKED = frozenset(
-    ["max", "min", "abs", "sign", "clamp", "sort", "top_k", "floor", "ceil", "round", "rem"]
-    + ["reduce_max", "reduce_min", "reduce_window_max", "cummax", "cummin", "argmax", "argmin"]
-    + ["select_and_gather_add", "eq", "ne", "lt", "le", "gt", "ge"]
+    [
+        "max",
+        "min",
+        "abs",
+        "sign",
+        "clamp",
+        "sort",
+        "top_k",
+        "floor",
+        "ceil",
+        "round",
+        "rem",
+        "reduce_max",
+        "reduce_min",
+        "reduce_window_max",
+        "cummax",
+        "cummin",
+        "argmax",
+        "argmin",
+        "select_and_gather_add",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+    ]
 )
 # Functions of JAX that are smooth although they are written with such primitives.
 _SMOOTH = frozenset(["logaddexp", "logaddexp2", "softplus", "log_softmax", "softmax", "logsumexp"])
