@@ -82,6 +82,14 @@ class RESULTS(eqx.Enumeration):
         "or use bx.Implicit(). If the problem stopped after these steps is the one you mean, "
         "bx.Unrolled() is exact for it."
     )
+    path_dependent = (
+        "x has converged, and its derivative through the steps has not: it is not that of the "
+        "solution. Steps that learn from the way they came (quasi-Newton, nonlinear conjugate "
+        "gradients, Polyak's step size) pass on the derivative of that way; others need more "
+        "steps for the derivative than for x. Use bx.Implicit() or, to keep to a few steps, "
+        "bx.KStep(...). If the derivative of these very steps is meant, it is exact: take it "
+        "with throw=False."
+    )
     diverged = (
         "The linear solver, or the series of steps of a K-step rule, diverged: its step size is "
         "too large for this system. Give a smaller step_size, leave it None (it is then "

@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import optimistix as optx
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._inner._base import AbstractInnerSolver, Counts
 from .._problem import AbstractCondition, Bilevel
@@ -42,6 +42,10 @@ class Estimate(eqx.Module):
     - `adjoint_growth`: for rules that go back through the steps, the mean norm of the
         adjoint of x on the way, relative to that at the end: below one where the steps
         contract, many orders of magnitude where derivatives explode. Otherwise `None`.
+    - `is_bilevel`: for rules that differentiate the steps to x, whether x has converged and
+        `grad` agrees with the implicit function theorem there. Then it is the hypergradient
+        of the bilevel problem, and `error_estimate` its distance to the implicit one. Else
+        it is the derivative of these steps. `None` for other rules.
     """
 
     value: Scalar
@@ -60,6 +64,7 @@ class Estimate(eqx.Module):
     result: RESULTS
     stats: dict[str, Array]
     adjoint_growth: Scalar | None = None
+    is_bilevel: Bool[Array, ""] | None = None
 
 
 class HypergradientState(eqx.Module):

@@ -19,9 +19,9 @@ from .._tree import (
     stop_gradient,
     tree_all_finite,
     tree_basis,
-    tree_norm,
     tree_size,
 )
+from ._agreement import convergence, judged
 from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, no_evidence
 from ._implicit import or_fail
 
@@ -105,7 +105,7 @@ class ForwardMode(AbstractHypergradient):
 
         value, slopes, (aux, x, inner_state, count) = self._columns(truncated_problem, theta)
         grad = jtu.tree_map(lambda g, t: g.astype(t.dtype), flat_to_tree(slopes, theta), theta)
-        residual = tree_norm(condition.residual(x, theta))
+        at = convergence(condition, solver, x, start_at(x0, theta), theta, count)
         is_finite = tree_all_finite((value, grad))
         products = count * tree_size(theta)
         estimate = Estimate(
@@ -114,12 +114,13 @@ class ForwardMode(AbstractHypergradient):
             aux=aux,
             x=x,
             v=None,
-            inner_residual=residual,
-            inner_tolerance=jnp.full_like(residual, jnp.inf),
+            inner_residual=at.residual,
+            inner_tolerance=jnp.full_like(at.residual, jnp.inf),
             result=RESULTS.where(is_finite, RESULTS.successful, RESULTS.nonfinite),
             stats=as_stats(Counts(count + 2, products, products), count, 0),
-            **no_evidence(value, residual),
+            **no_evidence(value, at.residual),
         )
+        estimate = judged(estimate, problem, theta, at)
         return estimate, HypergradientState(x=x, v=None, inner=inner_state)
 
     def solution(

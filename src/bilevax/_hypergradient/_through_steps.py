@@ -11,7 +11,8 @@ from jaxtyping import Array, PyTree
 from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts
 from .._problem import AbstractCondition, Bilevel, start_at
 from .._results import RESULTS
-from .._tree import tree_all_finite, tree_dtype, tree_norm
+from .._tree import tree_all_finite, tree_dtype
+from ._agreement import LARGEST_ERROR, convergence, judged
 from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, no_evidence
 from ._implicit import or_fail
 from ._loops import differentiable_loops
@@ -81,6 +82,7 @@ def estimate_through(
     theta: PyTree,
     state: HypergradientState,
     max_growth: float | None,
+    largest_error: float = LARGEST_ERROR,
 ) -> tuple[Estimate, HypergradientState, Probe]:
     """The estimate of a rule that differentiates `x` as a function of theta.
 
@@ -99,7 +101,7 @@ def estimate_through(
     differentiate = jax.value_and_grad(truncated_problem, (0, 1), has_aux=True)
     (value, rest), (grad, seen) = differentiate(theta, new_probe(dtype))
     aux, x, inner_state, num_steps, num_back = rest
-    residual = tree_norm(problem.inner.residual(x, theta))
+    at = convergence(problem.inner, inner_solver, x, start_at(x0, theta), theta, num_steps)
     result = RESULTS.where(tree_all_finite((value, grad)), RESULTS.successful, RESULTS.nonfinite)
     adjoint_growth = growth(seen)
     # before "nonfinite": an adjoint that overflows has exploded first
@@ -113,13 +115,14 @@ def estimate_through(
         aux=aux,
         x=x,
         v=None,
-        inner_residual=residual,
-        inner_tolerance=jnp.full_like(residual, jnp.inf),
+        inner_residual=at.residual,
+        inner_tolerance=jnp.full_like(at.residual, jnp.inf),
         result=result,
         stats=as_stats(counts, num_steps, 0),
         adjoint_growth=adjoint_growth,
-        **no_evidence(value, residual),
+        **no_evidence(value, at.residual),
     )
+    estimate = judged(estimate, problem, theta, at, largest_error)
     return estimate, HypergradientState(x=x, v=None, inner=inner_state), seen
 
 

@@ -18,6 +18,7 @@ from .._problem import AbstractCondition, Bilevel, start_at
 from .._results import RESULTS, first_failure
 from .._tree import checkpointed_while_loop, lax_while_loop, stop_gradient, tree_norm
 from ._adaptive import repeat_until_negligible
+from ._agreement import LARGEST_ERROR, LARGEST_TRUNCATION
 from ._base import Estimate, HypergradientState, as_stats
 from ._probe import Probe, check_growth
 from ._scan import Checkpoints, check_checkpoints, num_checkpoints
@@ -190,15 +191,20 @@ class Truncated(AbstractThroughSteps):
         theta: PyTree,
         state: HypergradientState,
     ) -> tuple[Estimate, HypergradientState]:
+        is_auto = not isinstance(self.num_steps, int)
+        largest = max(LARGEST_ERROR, 10 * self.rtol) if is_auto else LARGEST_TRUNCATION
         estimate, state, seen = estimate_through(
-            self.unroll, problem, inner_solver, x0, theta, state, self.max_growth
+            self.unroll, problem, inner_solver, x0, theta, state, self.max_growth, largest
         )
-        if isinstance(self.num_steps, int):
+        if not is_auto:
             return estimate, state
         norm = tree_norm(estimate.grad)
         error = jnp.maximum(seen.remainder, seen.jacobian_error * norm)
         result = RESULTS.where(error <= self.rtol * norm, RESULTS.successful, RESULTS.inaccurate)
         result = RESULTS.where(seen.is_growing > 0, RESULTS.burn_in, result)
+        # its own evidence first: it says what to do about it
+        is_own = estimate.result == RESULTS.path_dependent
+        steps_result = RESULTS.where(is_own, RESULTS.successful, estimate.result)
         num_steps = estimate.stats["num_inner_steps"]
         num_back = seen.num_back.astype(jnp.int32)
         # a tangent costs about a Hessian product and a cross product
@@ -207,7 +213,7 @@ class Truncated(AbstractThroughSteps):
             dataclasses.replace(
                 estimate,
                 error_estimate=error,
-                result=first_failure(estimate.result, result),
+                result=first_failure(steps_result, result, estimate.result),
                 stats=as_stats(counts, num_steps, 0),
             ),
             state,

@@ -1,0 +1,149 @@
+"""Whether the derivative of the steps is that of the solution they converged to."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, PyTree, Scalar
+
+from .._inner._base import Counts, measure
+from .._linear import GMRES, MINRES, solve_linear, verify
+from .._linear._common import signs_like
+from .._problem import AbstractCondition, Bilevel
+from .._results import RESULTS, first_failure
+from .._tree import default_rtol, tree_dtype, tree_norm, tree_sub
+from ._base import Estimate
+
+# At a solution `A J + B = 0`, J the derivative of x in theta. Hence for every v
+# `J'(A v) = -B'v`, and with `A v = d_x L` the way back through the steps must have found
+# `-B'v`. So one linear solve tells the error of the very number that is returned, of slow
+# modes, too, which weigh little in `A J w + B w`.
+
+# A hypergradient that is wrong by this part of its size is flagged.
+LARGEST_ERROR = 1e-2
+# One of a rule that leaves steps out is reported, and flagged where zero would be better.
+LARGEST_TRUNCATION = 1.1
+
+
+class Convergence(NamedTuple):
+    """What an `x` after some steps is."""
+
+    residual: Scalar
+    is_solution: Bool[Array, ""]
+    explained: Scalar  # the relative error of J that belongs to such a residual
+
+
+class Implied(NamedTuple):
+    """The cotangent of theta that belongs to a solution and to the cotangent of x."""
+
+    value: PyTree[Array]  # -B'v
+    typical: Scalar  # ||B'v|| of a v of this length and without a special direction
+    is_known: Bool[Array, ""]
+
+
+def convergence(
+    condition: AbstractCondition, solver: Any, x: PyTree, x0: PyTree, theta: PyTree, steps: Array
+) -> Convergence:
+    """Judge `x` by the solver's own tolerance, or the default one where that is looser.
+
+    Steps that contract by rho leave `rho^K` of the error of x and `K rho^(K-1)` of that of
+    its derivative; steps that converge superlinearly the square root. Three and ten are
+    for the constants.
+    """
+    asked = [getattr(s, "rtol", None) for s in (solver, getattr(solver, "solver", None))]
+    rtol = jnp.asarray(default_rtol(x), tree_dtype(x))
+    for number in asked:
+        if number is not None:
+            rtol = jnp.maximum(rtol, jnp.asarray(number, rtol.dtype))
+    seen = measure(condition, x, x0, theta, rtol, None, 0, Counts())  # type: ignore[arg-type]
+    is_solution = (seen.result == RESULTS.successful) | (seen.result == RESULTS.stalled)
+    reached = rtol * seen.residual / jnp.where(seen.tolerance > 0, seen.tolerance, 1)
+    linear = 3 * (1 + jnp.asarray(steps, reached.dtype)) * reached
+    explained = jnp.maximum(linear, 10 * jnp.sqrt(reached))
+    return Convergence(seen.residual, is_solution, explained)
+
+
+def implied(
+    residual: Callable[[PyTree, PyTree], PyTree],
+    x: PyTree,
+    args: PyTree,
+    b: PyTree,
+    is_symmetric: bool,
+) -> Implied:
+    """What the cotangent `b` of a zero `x` of `residual(x, args)` makes of `args`."""
+    _, pull = jax.vjp(residual, x, args)
+    rtol = 1e-3 * default_rtol(b)
+    solver = MINRES(rtol, indefinite=True) if is_symmetric else GMRES(rtol)
+
+    def matvec(v: PyTree) -> PyTree:
+        return pull(v)[0]
+
+    found = solve_linear(solver, matvec, b, is_symmetric=is_symmetric)
+    product, cross = pull(found.value)
+    found = verify(found, b, product)
+    signs = jtu.tree_map(signs_like, b)
+    length = tree_norm(found.value) / jnp.maximum(tree_norm(signs), 1)
+    return Implied(
+        value=jtu.tree_map(jnp.negative, cross),
+        typical=length * tree_norm(pull(signs)[1]),
+        is_known=(found.residual <= default_rtol(b)) & jnp.isfinite(tree_norm(cross)),
+    )
+
+
+def disagreement(
+    found: PyTree, expected: Implied, explained: Scalar, largest: float
+) -> tuple[Scalar, Bool[Array, ""]]:
+    """`||found - expected||`, and whether it is more than may be.
+
+    Only entries that the inner problem depends on count: what theta changes of the steps
+    and not of their end (a step size, the start) is theirs alone.
+    """
+    gap = jtu.tree_map(
+        lambda f, e: jnp.where(e == 0, 0, f.astype(e.dtype) - e), found, expected.value
+    )
+    error, norm = tree_norm(gap), tree_norm(expected.value)
+    most = jnp.maximum(largest * norm, explained * jnp.maximum(norm, expected.typical))
+    most += 100 * jnp.finfo(error.dtype).eps * tree_norm(found)
+    return error, expected.is_known & ~(error <= most)
+
+
+def judged(
+    estimate: Estimate,
+    problem: Bilevel,
+    theta: PyTree,
+    at: Convergence,
+    largest: float = LARGEST_ERROR,
+) -> Estimate:
+    """An estimate through steps with its error, and with the flag that belongs to it.
+
+    The error is infinite where it is not known: where `x` is no solution, or the adjoint
+    system has none. Where `x` is no solution nothing is computed.
+    """
+    condition, x = problem.inner, estimate.x
+    dtype = estimate.inner_residual.dtype
+
+    def check() -> tuple[Scalar, Bool[Array, ""], Bool[Array, ""]]:
+        outer = jax.grad(lambda x, theta: problem.outer_value(x, theta)[0], (0, 1))
+        grad_x, grad_theta = outer(x, theta)
+        # Under vmap both branches run: a zero right-hand side takes no steps.
+        b = jtu.tree_map(lambda c: jnp.where(at.is_solution, c, 0), grad_x)
+        expected = implied(condition.residual, x, theta, b, condition.is_symmetric)
+        found = tree_sub(estimate.grad, grad_theta)
+        error, is_wrong = disagreement(found, expected, at.explained, largest)
+        return error.astype(dtype), expected.is_known, is_wrong
+
+    def leave() -> tuple[Scalar, Bool[Array, ""], Bool[Array, ""]]:
+        return jnp.full((), jnp.inf, dtype), jnp.array(False), jnp.array(False)
+
+    error, is_known, is_wrong = jax.lax.cond(at.is_solution, check, leave)
+    is_known &= at.is_solution
+    result = RESULTS.where(is_known & is_wrong, RESULTS.path_dependent, RESULTS.successful)
+    return dataclasses.replace(
+        estimate,
+        error_estimate=jnp.where(is_known, error, jnp.inf),
+        is_bilevel=is_known & ~is_wrong,
+        result=first_failure(estimate.result, result),
+    )
