@@ -1,0 +1,156 @@
+"""Steps whose derivative does not converge with x: flagged where x has converged."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimistix as optx
+import pytest
+
+import bilevax as bx
+from bilevax.testing import quadratic, relative_error
+
+NOISE = np.random.default_rng(0).normal(size=(3, 10, 40))
+TIGHT = {"rtol": 1e-8, "atol": 1e-8}
+
+
+def window(x):
+    """Ten steps of a chaotic model of 40 variables (Lorenz 1996)."""
+
+    def slope(x):
+        return (jnp.roll(x, -1) - jnp.roll(x, 2)) * jnp.roll(x, 1) - x + 8.0
+
+    def step(x, _):
+        half = x + 0.025 * slope(x)
+        new = x + 0.05 * slope(half)
+        return new, new
+
+    return jax.lax.scan(step, x, None, length=10)[1]
+
+
+TRUTH = window(window(window(jnp.asarray(8.0 + NOISE[0, 0]))[-1])[-1])[-1]
+DATA = {
+    "background": TRUTH + 0.5 * NOISE[1, 0],
+    "observed": window(TRUTH)[:, ::2] + 0.3 * NOISE[2, :, ::2],
+}
+
+
+def assimilation(x, theta, data):
+    """Weak background, strong observations: a condition number of some hundreds."""
+    background = jnp.exp(theta[0]) * jnp.sum((x - data["background"]) ** 2)
+    return 0.5 * background + 0.5 * jnp.exp(theta[1]) * jnp.sum(
+        (window(x)[:, ::2] - data["observed"]) ** 2
+    )
+
+
+WINDOW = bx.Bilevel(assimilation, lambda x, theta: jnp.mean((x - TRUTH) ** 2), inner_data=DATA)
+THETA = jnp.array([0.0, 3.0])
+
+
+def on_window(solver, rule, x0=DATA["background"]):
+    return bx.hypergradient(WINDOW, x0, THETA, inner_solver=solver, rule=rule, throw=False)[0]
+
+
+@pytest.fixture(scope="module")
+def exact():
+    found = on_window(bx.LBFGS(rtol=1e-8), bx.Implicit())
+    assert bool(found.result == bx.RESULTS.successful)
+    return found.grad
+
+
+def test_lbfgs_steps_up_to_a_converged_window_are_flagged(exact):
+    found = on_window(bx.LBFGS(rtol=1e-8), bx.Unrolled())
+    assert relative_error(found.grad, exact) > 0.1
+    assert bool(found.result != bx.RESULTS.successful)
+    assert not bool(found.is_bilevel)
+
+
+ORACLE = quadratic(condition=50.0)
+EXACT = ORACLE.hypergradient
+
+
+def on_quadratic(solver, rule):
+    return bx.hypergradient(
+        ORACLE.problem, ORACLE.x0, ORACLE.theta, inner_solver=solver, rule=rule, throw=False
+    )[0]
+
+
+WRONG = {
+    "nonlinear cg": (optx.NonlinearCG(**TIGHT), bx.Unrolled()),
+    "nonlinear cg, forwards": (optx.NonlinearCG(**TIGHT), bx.ForwardMode()),
+}
+RIGHT = {
+    "bfgs": (optx.BFGS(**TIGHT), bx.Unrolled()),
+    "newton": (bx.NewtonCG(), bx.Unrolled()),
+    "gradient descent": (bx.Descent(optax.sgd(0.03), 2_000), bx.Unrolled()),
+    "momentum, backwards": (
+        bx.Descent(optax.sgd(0.03, momentum=0.8), 1_000),
+        bx.Unrolled(checkpoints="reversible"),
+    ),
+    "forwards": (bx.Descent(optax.sgd(0.03, momentum=0.8), 1_000), bx.ForwardMode()),
+    "the last steps": (bx.Descent(optax.sgd(0.03), 2_000), bx.Truncated(900)),
+    "as many as matter": (bx.Descent(optax.sgd(0.03), 2_000), bx.Truncated("auto")),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_derivatives_of_steps_are_flagged(name):
+    found = on_quadratic(*WRONG[name])
+    assert float(found.inner_residual) < 1e-5
+    assert relative_error(found.grad, EXACT) > 1
+    assert bool(found.result == bx.RESULTS.path_dependent)
+    assert not bool(found.is_bilevel)
+    error = np.linalg.norm(found.grad - EXACT)
+    assert float(found.error_estimate) == pytest.approx(float(error), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_ones_are_not_and_say_what_they_are(name):
+    found = on_quadratic(*RIGHT[name])
+    assert relative_error(found.grad, EXACT) < 1e-2
+    assert bool(found.result == bx.RESULTS.successful)
+    assert bool(found.is_bilevel)
+
+
+def test_far_from_converged_it_is_the_derivative_of_the_steps():
+    found = on_quadratic(bx.Descent(optax.sgd(0.03), 5), bx.Unrolled())
+    assert relative_error(found.grad, EXACT) > 0.1
+    assert bool(found.result == bx.RESULTS.successful)
+    assert not bool(found.is_bilevel)
+
+
+def test_what_theta_changes_of_the_steps_alone_is_no_disagreement():
+    # the step size and the start do not move the solution
+    problem = bx.Bilevel(
+        lambda x, theta: 0.5 * jnp.sum((x - theta["shift"]) ** 2),
+        lambda x, theta: jnp.sum((x - 2.0) ** 2),
+    )
+    theta = {"shift": jnp.ones(3), "rate": jnp.asarray(0.5), "start": jnp.zeros(3)}
+    found, _ = bx.hypergradient(
+        problem,
+        lambda theta: theta["start"],
+        theta,
+        inner_solver=bx.Descent(lambda theta: optax.sgd(theta["rate"]), 30),
+        rule=bx.Unrolled(),
+    )
+    np.testing.assert_allclose(found.grad["shift"], -2.0 * np.ones(3), rtol=1e-6)
+    assert bool(found.is_bilevel)
+    assert 0 < float(jnp.abs(found.grad["rate"])) < 1e-6
+
+
+def test_a_root_by_steps():
+    matrix = jnp.array([[2.0, 1.0], [-1.0, 3.0]])
+    problem = bx.Bilevel(
+        bx.Root(lambda x, theta: matrix @ x - theta), lambda x, theta: jnp.sum(x**2)
+    )
+    theta = jnp.array([1.0, 2.0])
+    found, _ = bx.hypergradient(
+        problem, jnp.zeros(2), theta, inner_solver=optx.Newton(**TIGHT), rule=bx.Unrolled()
+    )
+    assert bool(found.is_bilevel)
+    x = np.linalg.solve(matrix, theta)
+    np.testing.assert_allclose(found.grad, 2 * np.linalg.solve(matrix.T, x), rtol=1e-9)
+
+
+def test_other_rules_do_not_say():
+    assert on_quadratic(bx.NewtonCG(), bx.Implicit()).is_bilevel is None
