@@ -59,7 +59,9 @@ class Unrolled(AbstractThroughSteps):
 
     **Exact when** `L_K` is the problem you mean. As an estimate of the bilevel
     hypergradient its error falls as `K rho^K`, rho the contraction factor of the steps.
-    It is flagged when it is not finite or explodes; the inner residual is reported.
+    It is flagged when it is not finite or explodes, and as `path_dependent` where x has
+    converged and the derivative has not (quasi-Newton steps); `Estimate.is_bilevel` says
+    which derivative it is. That costs a linear solve, where x has converged.
 
     !!! example
 
