@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._inner._base import Counts, measure
-from .._linear import GMRES, MINRES, solve_linear, verify
+from .._linear import CG, GMRES, solve_linear, verify
 from .._linear._common import signs_like
 from .._problem import AbstractCondition, Bilevel
 from .._results import RESULTS, first_failure
@@ -76,7 +76,7 @@ def implied(
     """What the cotangent `b` of a zero `x` of `residual(x, args)` makes of `args`."""
     _, pull = jax.vjp(residual, x, args)
     rtol = 1e-3 * default_rtol(b)
-    solver = MINRES(rtol, indefinite=True) if is_symmetric else GMRES(rtol)
+    solver = CG(rtol) if is_symmetric else GMRES(rtol)
 
     def matvec(v: PyTree) -> PyTree:
         return pull(v)[0]
