@@ -107,11 +107,13 @@ def test_memory_does_not_grow_as_stored_carries_do():
     ],
     ids=["nesterov", "clipped", "no momentum", "diverging"],
 )
+@pytest.mark.filterwarnings("ignore:The hypergradient in")  # theta is for other optimisers
 def test_what_cannot_be_run_backwards_is_flagged(optimiser):
     assert estimate(300, "reversible", optimiser).result != bx.RESULTS.successful
 
 
 @pytest.mark.parametrize("optimiser", [optax.adam(0.1), optax.sgd(0.1), optax.lbfgs()])
+@pytest.mark.filterwarnings("ignore:The hypergradient in")
 def test_another_optimiser_is_refused(optimiser):
     with pytest.raises(TypeError, match="momentum"):
         estimate(3, "reversible", optimiser)

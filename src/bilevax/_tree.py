@@ -116,9 +116,13 @@ def default_rtol(a: PyTree) -> float:
 
 def strong(a: PyTree) -> PyTree:
     """Strip weak types: a weak and a strong array of one dtype would compile twice."""
-    return jtu.tree_map(
-        lambda x: jax.lax.convert_element_type(x, x.dtype) if eqx.is_array(x) else x, a
-    )
+
+    def strip(x: Any) -> Any:
+        if not eqx.is_array(x) or not getattr(x, "weak_type", True):
+            return x
+        return jax.lax.convert_element_type(x, x.dtype)
+
+    return jtu.tree_map(strip, a)
 
 
 def lean_jit(fn: Callable, *, donate_first: bool = False) -> Callable:
