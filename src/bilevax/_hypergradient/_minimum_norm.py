@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -175,11 +176,18 @@ def _by_tangents(
     """`d_theta L + (D x*)^T d_x L` from the columns of `D x*`: no `v`."""
     size, is_symmetric = tree_size(x), condition.is_symmetric
     dense = size <= DENSE_EVIDENCE
-    solver = Direct() if dense else default_linear_solver(is_symmetric, size)
+    iterative = default_linear_solver(is_symmetric, size)
+    solver = Direct(minimum_norm=True) if dense else iterative
 
     def solve(b: PyTree) -> LinearSolution:
         found = solve_linear(solver, at.forward, b, is_symmetric=is_symmetric)
-        return verify(found, b, at.forward(found.value))
+        found = verify(found, b, at.forward(found.value))
+        if not dense:
+            return found
+        # Least squares accepts every system; a tangent has to solve it.
+        is_open = (found.result == RESULTS.successful) & ~(found.residual <= default_rtol(x))
+        result = RESULTS.where(is_open, RESULTS.singular, found.result)
+        return eqx.tree_at(lambda s: s.result, found, result)
 
     columns, systems = tangent_columns(condition, x, theta, solve)
     products = jax.vmap(lambda column: tree_dot(column, outer.grad_x))(columns)

@@ -12,7 +12,7 @@ from .._results import RESULTS
 from .._tree import default_rtol, tree_all_finite
 from ._kinks import flag_kink
 from ._newton_direction import ROUNDING
-from ._own_scale import compared_with, norm, own_magnitude, two_products
+from ._own_scale import compare, norm, own_magnitude
 
 
 class Counts(eqx.Module):
@@ -131,11 +131,17 @@ def measure(
 
     The residual is compared with the size of the terms that cancel in it, `||A x||` in
     all and row by row (see `_own_scale.py`): for `U = 1/2 x'Ax - c'x` that is `||c||`. One
-    gradient and two Hessian products.
+    gradient and one or two Hessian products.
     """
     rtol = default_rtol(x) if rtol is None else rtol
-    residual, scale = residual_and_scale(condition, x, x0, theta)
-    tolerance = (0.0 if atol is None else atol) + rtol * scale
+    g, product = jax.linearize(lambda x: condition.residual(x, theta), x)
+    residual = norm(g)
+
+    def tolerance_of(scale: Scalar) -> Scalar:
+        return (0.0 if atol is None else atol) + rtol * scale
+
+    seen = compare(g, product, own_magnitude(x, x0), lambda scale: residual <= tolerance_of(scale))
+    scale, tolerance = seen.scale, tolerance_of(seen.scale)
     # A gradient is a difference of terms of size `scale`: this much of it is rounding.
     floor = ROUNDING * jnp.finfo(residual.dtype).eps * scale
     result = RESULTS.where(residual <= floor, RESULTS.stalled, RESULTS.inner_not_converged)
@@ -149,17 +155,16 @@ def measure(
         tolerance=tolerance,
         num_steps=jnp.asarray(num_steps, jnp.int32),
         result=result,
-        counts=counts + Counts(gradients=1, hessian=2),
+        counts=counts + Counts(gradients=1, hessian=seen.num_products),
     )
 
 
 def residual_and_scale(
     condition: AbstractCondition, x: PyTree, x0: PyTree, theta: PyTree
 ) -> tuple[Scalar, Scalar]:
-    """`||residual||` and the size it is compared with; see `measure`."""
+    """`||residual||` and the size it is compared with, row by row; see `measure`."""
     residual, product = jax.linearize(lambda x: condition.residual(x, theta), x)
-    scale = compared_with(residual, *two_products(product, own_magnitude(x, x0)))
-    return norm(residual), scale
+    return norm(residual), compare(residual, product, own_magnitude(x, x0)).scale
 
 
 def run(

@@ -23,7 +23,7 @@ from .._tree import (
 from ._lbfgs_history import History, empty_history
 from ._line_search import is_decrease, is_level, is_lost, rounding, shrink
 from ._measured import AbstractMeasuredMinimiser, AbstractMeasuredState, empty_aux, outcome, size
-from ._own_scale import compared_with, own_magnitude, two_products
+from ._own_scale import Compared, compare, own_magnitude
 
 # So many steps without a smaller gradient, where the objective no longer changes, are the
 # precision floor: on its way down the gradient of L-BFGS rises for a few steps at a time.
@@ -164,12 +164,14 @@ class LBFGS(AbstractMeasuredMinimiser):
         def hessian_product(z: PyTree) -> PyTree:
             return jax.jvp(lambda y: evaluate(y)[0], (new_y,), (z,))[1]
 
-        zeros = tree_zeros_like(z)
-        plain, signed = jax.lax.cond(
-            is_measured, lambda: two_products(hessian_product, z), lambda: (zeros, zeros)
-        )
-        scale = optx.two_norm(plain)
-        own = jnp.where(is_measured, compared_with(gradient, plain, signed), state.scale)
+        def measured() -> Compared:
+            return compare(
+                gradient, hessian_product, z, lambda scale: residual <= self.tolerance(y, scale)
+            )
+
+        none = Compared(state.scale, state.scale, jnp.zeros((), jnp.int32))
+        seen = jax.lax.cond(is_measured, measured, lambda: none)
+        own, scale = seen.scale, seen.plain
         tolerance = jnp.where(is_measured, self.tolerance(y, own), state.tolerance)
         is_done = is_measured & jnp.isfinite(residual) & (residual <= tolerance)
 
@@ -196,7 +198,7 @@ class LBFGS(AbstractMeasuredMinimiser):
             best=jnp.minimum(residual, state.best),
             num_idle=num_idle,
             num_gradients=state.num_gradients + 1,
-            num_hessian_products=state.num_hessian_products + 2 * is_measured.astype(jnp.int32),
+            num_hessian_products=state.num_hessian_products + seen.num_products,
             is_done=is_done,
             result=outcome(is_over & ~is_done, is_finite),
         )

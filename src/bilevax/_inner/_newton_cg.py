@@ -22,7 +22,7 @@ from .._tree import (
 from ._line_search import is_decrease, is_level, is_lost, shrink
 from ._measured import AbstractMeasuredMinimiser, AbstractMeasuredState, empty_aux, outcome, size
 from ._newton_direction import cg_direction, dense_newton
-from ._own_scale import compared_with, own_magnitude, two_products
+from ._own_scale import Compared, compare, own_magnitude, root_mean_square
 
 # Up to this size a dense Hessian is no slower than conjugate gradients, and exact.
 _DENSE_SIZE = 32
@@ -148,8 +148,10 @@ class NewtonCG(AbstractMeasuredMinimiser):
         accept = is_finite & (state.is_first | _is_progress(state, f, residual))
 
         # 3. is it a solution, and if not, the next direction
+        z = own_magnitude(state.y_eval, state.y0)
+        seen = compare(gradient, product, z, lambda scale: residual <= self.tolerance(y, scale))
         find = self._dense if self._is_dense(y) else self._by_cg
-        found = find(state, product, gradient, residual, accept)
+        found = find(state, product, gradient, residual, accept, seen, tree_sub(state.y_eval, y))
         is_done, direction = found.is_done, found.direction
 
         # 4. the next candidate, and the outcome
@@ -186,16 +188,24 @@ class NewtonCG(AbstractMeasuredMinimiser):
         gradient: PyTree[Array],
         residual: Scalar,
         accept: Bool[Array, ""],
+        seen: Compared,
+        moved: PyTree[Array],
     ) -> "_Found":
         z = own_magnitude(state.y_eval, state.y0)
         rtol = default_rtol(z) if self.rtol is None else self.rtol
-        newton = dense_newton(product, gradient, z, rtol, accept)
-        tolerance = self.tolerance(z, newton.scale)
-        is_done = accept & (residual <= tolerance)
+        # The error after a Newton step is about the square of the step, relative to the
+        # variable: where the last one was short no other factorisation is needed.
+        is_whole = accept & ~state.is_first & (state.slope == state.full_slope)
+        last = root_mean_square(*jax.lax.stop_gradient((moved, z)))
+        is_near = is_whole & (last <= 0.3 * jnp.sqrt(jnp.asarray(rtol, last.dtype)))
+        is_done = is_near & (residual <= self.tolerance(z, seen.scale))
+        newton = dense_newton(product, gradient, z, rtol, accept & ~is_done)
+        is_done |= accept & (residual <= self.tolerance(z, newton.scale))
+        scale = jnp.where(is_done, seen.plain, newton.scale)
+        tolerance = self.tolerance(z, scale)
         direction = jtu.tree_map(lambda p: jnp.where(is_done, 0, p), newton.direction)
-        expected = jnp.zeros_like(residual)
-        scale = newton.scale
-        return _Found(is_done, tolerance, scale, direction, expected, newton.num_products)
+        num_products = seen.num_products + newton.num_products
+        return _Found(is_done, tolerance, scale, direction, jnp.zeros_like(residual), num_products)
 
     def _by_cg(
         self,
@@ -204,21 +214,23 @@ class NewtonCG(AbstractMeasuredMinimiser):
         gradient: PyTree[Array],
         residual: Scalar,
         accept: Bool[Array, ""],
+        seen: Compared,
+        moved: PyTree[Array],
     ) -> "_Found":
-        plain, signed = two_products(product, own_magnitude(state.y_eval, state.y0))
-        scale = compared_with(gradient, plain, signed)
-        tolerance = self.tolerance(gradient, scale)
+        del moved
+        tolerance = self.tolerance(gradient, seen.scale)
         is_done = accept & (residual <= tolerance)
         # A zero right-hand side costs nothing.
         is_needed = accept & ~is_done
         b = jtu.tree_map(lambda g: jnp.where(is_needed, -g, jnp.zeros_like(g)), gradient)
         # The scale at the next iterate is about ||H z - g||, and is not zero after a
         # start at zero. Half of the tolerance, because this is a guess.
-        next_scale = jnp.maximum(size(plain), residual)
+        next_scale = jnp.maximum(seen.plain, residual)
         target = 0.5 * self.tolerance(gradient, next_scale)
         eta = _forcing(state, residual, target, next_scale)
         direction, expected, num_products = cg_direction(product, b, eta, self.max_cg_steps)
-        return _Found(is_done, tolerance, scale, direction, expected, num_products + 2)
+        num_products += seen.num_products
+        return _Found(is_done, tolerance, seen.scale, direction, expected, num_products)
 
     def _is_dense(self, y: PyTree[Array]) -> bool:
         return tree_size(y) <= _DENSE_SIZE if self.dense is None else self.dense

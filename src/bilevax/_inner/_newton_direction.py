@@ -141,40 +141,32 @@ def _step(columns: Float[Array, "d d"], b: Float[Array, " d"]) -> Float[Array, "
     # The Hessian errs by what makes it asymmetric, and by a few rounding errors.
     asymmetry = jnp.sqrt(jnp.sum((scaled - symmetric) ** 2))
     noise = jax.lax.stop_gradient(_FEW * b.size * jnp.finfo(b.dtype).eps + asymmetry)
-    factor = jnp.linalg.cholesky(symmetric, symmetrize_input=False)
+    factor = jax.lax.linalg.cholesky(symmetric, symmetrize_input=False)
     # One over the sum of the inverse eigenvalues: pivots err by more than rounding where
     # those before them are small. False also where one is not a number: it is indefinite.
-    inverse = jax.scipy.linalg.solve_triangular(factor, jnp.eye(b.size, dtype=b.dtype), lower=True)
+    inverse = jax.lax.linalg.triangular_solve(
+        factor, jnp.eye(b.size, dtype=b.dtype), left_side=True, lower=True
+    )
     is_definite = jax.lax.stop_gradient(jnp.sum(inverse**2)) * noise < 1
     return jax.lax.cond(
         is_definite,
-        lambda: jax.scipy.linalg.cho_solve((factor, True), b / unit) / unit,
-        lambda: _saddle_free(symmetric, b / unit, unit, noise),
+        lambda: inverse.T @ (inverse @ (b / unit)) / unit,
+        lambda: _saddle_free(columns, b, noise),
     )
 
 
 def _saddle_free(
-    scaled: Float[Array, "d d"], b: Float[Array, " d"], unit: Float[Array, " d"], noise: Scalar
+    hessian: Float[Array, "d d"], b: Float[Array, " d"], noise: Scalar
 ) -> Float[Array, " d"]:
     """`|H|^-1 b`: Newton steps away from maxima and saddle points.
 
     Where `H` has no curvature, gradient descent: nothing happens along directions in
     which the objective does not change (Dauphin et al. 2014, arXiv:1406.2572, section 4).
-    Nor is the rest of the step allowed a part along them, orthogonal in the user's own
-    units: of all solutions the one nearest to the start is meant.
+    In the user's own units: of all solutions the one nearest to the start is meant.
     """
-    values, vectors = jnp.linalg.eigh(scaled, symmetrize_input=False)
+    values, vectors = jnp.linalg.eigh((hessian + hessian.T) / 2)
     values = jnp.abs(values)
     largest = jnp.max(values)
     is_curved = values > noise * largest
     largest = jnp.where(largest > 0, largest, jnp.sqrt(jnp.sum(b * b)))
-    parts = (b @ vectors) / jnp.where(is_curved, values, largest)
-    curved = vectors @ jnp.where(is_curved, parts, 0) / unit
-    flat = vectors @ jnp.where(is_curved, 0, parts) / unit
-    # the projection, by the normal equations of the flat directions, each of length one
-    null = jnp.where(is_curved[None, :], 0, vectors / unit[:, None])
-    length = jnp.sqrt(jnp.sum(null**2, axis=0))
-    null = null / jnp.where(is_curved, 1, length)[None, :]
-    gram = null.T @ null + jnp.diag(is_curved.astype(b.dtype))
-    along = null @ jnp.linalg.solve(gram, null.T @ curved)
-    return curved - along + flat
+    return vectors @ ((b @ vectors) / jnp.where(is_curved, values, largest))

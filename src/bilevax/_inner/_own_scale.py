@@ -14,11 +14,12 @@ solution of linear equations with given error bounds", Numer. Math. 6 (1964), th
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from .._linear._common import largest_entry, signs_like
 from .._tree import tree_dot, tree_dtype, tree_larger, tree_norm, tree_scale, tree_size
@@ -32,31 +33,49 @@ def own_magnitude(x: PyTree[Array], x0: PyTree[Array]) -> PyTree[Array]:
     return tree_larger(x, tree_scale(float(jnp.finfo(tree_dtype(x)).eps), x0))
 
 
-def two_products(
-    product: Callable[[PyTree], PyTree], z: PyTree[Array]
-) -> tuple[PyTree[Array], PyTree[Array]]:
-    """`H z`, and `H` times `z` with a fixed pattern of signs, as one product of two vectors.
+class Compared(NamedTuple):
+    """What a gradient is compared with."""
 
-    The squares of both add up to an estimate of the squares of `s`. One alone would not
-    do: the terms of a row may cancel in it, as they do in the rows of a linear term that
-    happens to be zero.
+    scale: Scalar  # ||g|| / omega; where that is enough, ||H z||
+    plain: Scalar  # ||H z||
+    num_products: Int[Array, ""]
+
+
+def compare(
+    gradient: PyTree[Array],
+    product: Callable[[PyTree], PyTree],
+    z: PyTree[Array],
+    is_enough: Callable[[Scalar], Bool[Array, ""]] | None = None,
+) -> Compared:
+    """Compare a gradient with the terms that cancel in it. A decision: not differentiated.
+
+    One Hessian product, `H z`, whose entries are at most the sizes of the rows: what is
+    small in comparison with them is small. A second one, with a fixed pattern of signs, where
+    that is not so although `is_enough(||H z||)`, the tolerance in one norm of all entries,
+    is met: the terms of a row may cancel in `H z`, as they do where an entry of the linear
+    term happens to be zero. Without `is_enough` always both.
     """
     if not jtu.tree_leaves(z):
-        return z, z
-    pair = jtu.tree_map(lambda a: jnp.stack([a, a * signs_like(a)]), z)
-    both = jax.vmap(product)(pair)
-    return jtu.tree_map(lambda a: a[0], both), jtu.tree_map(lambda a: a[1], both)
+        zero = jnp.zeros(())
+        return Compared(zero, zero, jnp.zeros((), jnp.int32))
+    gradient, rows = jax.lax.stop_gradient((gradient, product(z)))
+    plain = norm(rows)
 
+    def compared(rows: PyTree) -> Scalar:
+        return norm_over_error(gradient, plain, root_mean_square(gradient, rows))
 
-def compared_with(gradient: PyTree[Array], plain: PyTree[Array], signed: PyTree[Array]) -> Scalar:
-    """`||g|| / omega`, the norm that `g` is compared with, from `two_products`.
+    def with_signs() -> Scalar:
+        signed = product(jtu.tree_map(lambda a: a * signs_like(a), z))
+        # The larger of both and not the root of their squares, which overflow in float32.
+        return compared(tree_larger(rows, jax.lax.stop_gradient(signed)))
 
-    A decision: not differentiated.
-    """
-    gradient, plain, signed = jax.lax.stop_gradient((gradient, plain, signed))
-    # The larger of both and not the root of their squares, which overflow in float32.
-    rows = jtu.tree_map(jnp.abs, tree_larger(plain, signed))
-    return norm_over_error(gradient, norm(plain), root_mean_square(gradient, rows))
+    if is_enough is None:
+        return Compared(with_signs(), plain, jnp.asarray(2, jnp.int32))
+    is_open = is_enough(plain) & ~is_enough(compared(rows))
+    scale = jax.lax.cond(is_open, with_signs, lambda: plain)
+    # One number that does not depend on how the rest of a gradient happens to be distributed.
+    scale = jnp.where(is_enough(scale), plain, scale)
+    return Compared(scale, plain, 1 + is_open.astype(jnp.int32))
 
 
 def norm(a: PyTree[Array]) -> Scalar:
@@ -79,13 +98,14 @@ def norm_over_error(gradient: PyTree[Array], size: Scalar, error: Scalar) -> Sca
 
 
 def root_mean_square(a: PyTree[Array], scale: PyTree[Array]) -> Scalar:
-    """`rms_i(|a_i| / scale_i)`, in which entries of `a` that are zero err by nothing."""
+    """`rms_i(|a_i / scale_i|)`, in which entries of `a` that are zero err by nothing."""
     ratio = jtu.tree_map(_ratio, a, scale)
     return jnp.sqrt(tree_dot(ratio, ratio) / max(tree_size(a), 1))
 
 
 def _ratio(a: Array, scale: Array) -> Array:
     # Where there is nothing to compare with, all of it is error.
+    scale = jnp.abs(scale)
     largest = jnp.asarray(1 / jnp.finfo(scale.dtype).eps, scale.dtype)
     is_known = scale > 0
     ratio = jnp.where(is_known, jnp.abs(a) / jnp.where(is_known, scale, 1), largest)

@@ -37,19 +37,18 @@ class Direct(AbstractIterativeLinearSolver):
     diagonal), so that the units of the variables do not matter. An eigenvalue is then
     zero if it is below `max(4 size eps, asymmetry)` times the largest, `asymmetry` being
     the relative difference between the matrix and its transpose, which is nothing but the
-    rounding errors of the products. "Smallest norm" and "least squares" are meant in the
-    units of the variables all the same.
+    rounding errors of the products.
 
     **Arguments:**
 
-    - `minimum_norm`: accept inconsistent systems: the residual of the least-squares
-        solution of smallest norm is then reported, not flagged.
+    - `minimum_norm`: the least-squares solution of smallest norm, in the units of the
+        variables; inconsistent systems are accepted, their residual reported, not flagged.
     - `indefinite`: accept negative eigenvalues, as saddle points have on purpose.
     - `is_symmetric`: `False` takes singular values instead, without a verdict on
         curvature. Roots, fixed points and operators of Lineax choose by themselves.
 
-    **Returns** (from `solve`): a `LinearSolution`; the value is the least-squares solution
-    of smallest norm, whatever the outcome. A guess or a preconditioner is not used.
+    **Returns** (from `solve`): a `LinearSolution`; the value is a least-squares
+    solution, whatever the outcome. A guess or a preconditioner is not used.
     Outcomes: `negative_curvature` (there is a negative eigenvalue, whether `b` sees it or
     not), `singular` (`b` is not in the range), `stalled` (so ill-conditioned that the
     residual is above the default tolerance), `nonfinite`.
@@ -94,6 +93,8 @@ class Direct(AbstractIterativeLinearSolver):
         columns = jnp.where(is_finite, columns, 0)
         flat = jnp.where(is_finite, flat, 0)
         spectrum = (_eigenvalues if self.is_symmetric else _singular_values)(columns)
+        if self.minimum_norm:
+            spectrum = spectrum.with_projections()
 
         first = spectrum.solve(flat)
         residual = flat - tree_to_flat(matvec(flat_to_tree(first, b)))
@@ -142,32 +143,42 @@ class _Spectrum(NamedTuple):
     relative: Scalar
     threshold: Scalar
     is_negative: Bool[Array, ""]
+    # Onto what is not in the range, and onto the null space, in the units of the variables.
+    not_range: Float[Array, "d d"] | None = None
+    null: Float[Array, "d d"] | None = None
 
     @property
     def is_zero(self) -> Bool[Array, " d"]:
         return jnp.abs(self.values) <= self.threshold
 
+    def with_projections(self) -> "_Spectrum":
+        """The spectrum whose `solve` is that of the pseudo-inverse."""
+        null = _projection(self.right * self.columns[:, None], self.is_zero)
+        is_symmetric = self.left is self.right
+        left = self.left * self.rows[:, None]
+        not_range = null if is_symmetric else _projection(left, self.is_zero)
+        return self._replace(null=null, not_range=not_range)
+
     def solve(self, b: Float[Array, " d"]) -> Float[Array, " d"]:
-        """`A^+ b`: of the part of `b` in the range the solution without a null part."""
-        b = b - _along(b, self.left * self.rows[:, None], self.is_zero)
+        """`A^-1 b`, or `A^+ b`: of the part in the range, the solution without a null part."""
         inverse = jnp.where(self.is_zero, 0, 1 / jnp.where(self.is_zero, 1, self.values))
-        v = self.columns * (self.right @ (inverse * ((self.rows * b) @ self.left)))
-        return v - _along(v, self.right * self.columns[:, None], self.is_zero)
+        inside = b if self.not_range is None else b - self.not_range @ b
+        v = self.columns * (self.right @ (inverse * ((self.rows * inside) @ self.left)))
+        return v if self.null is None else v - self.null @ v
 
     def outside(self, b: Float[Array, " d"]) -> Float[Array, " d"]:
         """The parts of the scaled `b` that are not in the range."""
         return jnp.where(self.is_zero, (self.rows * b) @ self.left, 0)
 
 
-def _along(
-    a: Float[Array, " d"], vectors: Float[Array, "d d"], is_chosen: Bool[Array, " d"]
-) -> Float[Array, " d"]:
-    """The orthogonal projection of `a` onto the span of the chosen columns."""
+def _projection(vectors: Float[Array, "d d"], is_chosen: Bool[Array, " d"]) -> Float[Array, "d d"]:
+    """The orthogonal projection onto the span of the chosen columns."""
     length = jnp.sqrt(jnp.sum(vectors**2, axis=0))
     basis = jnp.where(is_chosen, 1 / jnp.where(length > 0, length, 1), 0)[None, :] * vectors
-    gram = basis.T @ basis + jnp.diag(jnp.where(is_chosen, 0, 1).astype(a.dtype))
-    # `lax.cond` would run both sides under vmap; most matrices have no null space.
-    return basis @ jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(gram), True), basis.T @ a)
+    gram = basis.T @ basis + jnp.diag(jnp.where(is_chosen, 0, 1).astype(basis.dtype))
+    factor = jax.lax.linalg.cholesky(gram, symmetrize_input=False)
+    half = jax.lax.linalg.triangular_solve(factor, basis.T, left_side=True, lower=True)
+    return half.T @ half
 
 
 def _eigenvalues(columns: Float[Array, "d d"]) -> _Spectrum:
