@@ -105,8 +105,49 @@ def tree_to_flat(tree: PyTree) -> Array:
 
 def dense_columns(matvec: Callable[[PyTree], PyTree], like: PyTree) -> Array:
     """The matrix of `matvec`, transposed: row `i` is `A e_i`. As many products as entries."""
-    columns = jtu.tree_leaves(jax.vmap(matvec)(tree_basis(like)))
+    columns = jtu.tree_leaves(map_rows(matvec, tree_basis(like)))
     return jnp.concatenate([x.reshape(x.shape[0], -1) for x in columns], axis=1)
+
+
+def map_rows(
+    fn: Callable[[PyTree], PyTree],
+    rows: PyTree,
+    product: Callable[[PyTree], PyTree] | None = None,
+    like: PyTree = None,
+    batch_size: int | None = None,
+) -> PyTree:
+    """`jax.vmap(fn)(rows)`, or in batches; one after the other with a Fourier transform in it.
+
+    XLA's compiler for CPUs may lay out a batch of transforms with its columns first, as a
+    factorisation would like them, and then refuses to run what it has chosen
+    (https://github.com/jax-ml/jax/issues/22484). Where the work of `fn` is products,
+    `product`, of something like `like`, they are looked into instead: that is quicker.
+    """
+    if product is None:
+        product = fn
+        like = jtu.tree_map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rows)
+    if has_fourier_transform(product, like):
+        return jax.lax.map(fn, rows)
+    return (
+        jax.vmap(fn)(rows) if batch_size is None else jax.lax.map(fn, rows, batch_size=batch_size)
+    )
+
+
+def has_fourier_transform(fn: Callable[[PyTree], PyTree], like: PyTree) -> bool:
+    """Whether there is one in `fn`, or in what it calls, on something like `like`."""
+
+    def is_in(jaxpr: Any) -> bool:
+        for equation in jaxpr.eqns:
+            values = jtu.tree_leaves(tuple(equation.params.values()), is_leaf=_is_jaxpr)
+            if equation.primitive.name == "fft" or any(is_in(v) for v in values if _is_jaxpr(v)):
+                return True
+        return False
+
+    return is_in(jax.make_jaxpr(fn)(like))
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(value, "eqns")
 
 
 def default_rtol(a: PyTree) -> float:

@@ -5,12 +5,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from .._problem import Bilevel, FixedPoint
-from .._tree import lean_jit, tree_dtype, tree_size, tree_sub
+from .._tree import dense_columns, lean_jit, tree_dtype, tree_size, tree_sub
 from ._differences import gaussian
 from ._lanczos import growth_rate, largest_singular_value, ritz_values, tridiagonalise
 
@@ -112,16 +111,10 @@ def _unknown(matrix: np.ndarray | None) -> Spectrum:
 @lean_jit
 def _matrix(problem: Bilevel, x: PyTree, theta: PyTree) -> Float[Array, "d d"]:
     """`A`, column by column."""
-    leaves, treedef = jtu.tree_flatten(x)
-    size = tree_size(x)
-    if size == 0:
+    if tree_size(x) == 0:
         return jnp.zeros((0, 0))
-    splits = np.cumsum([leaf.size for leaf in leaves])[:-1].tolist()
-    parts = jnp.split(jnp.eye(size, dtype=tree_dtype(x)), splits, axis=1)
-    shaped = [p.reshape(size, *leaf.shape) for p, leaf in zip(parts, leaves, strict=True)]
     _, matvec = jax.linearize(lambda x: problem.inner.residual(x, theta), x)
-    images = jtu.tree_leaves(jax.vmap(matvec)(jtu.tree_unflatten(treedef, shaped)))
-    return jnp.concatenate([image.reshape(size, -1) for image in images], axis=1).T
+    return dense_columns(matvec, x).T
 
 
 @lean_jit

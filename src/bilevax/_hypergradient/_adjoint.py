@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
@@ -17,7 +16,7 @@ from .._linear import (
     solve_linear,
 )
 from .._results import RESULTS, first_failure
-from .._tree import tree_size
+from .._tree import map_rows, tree_size
 from ._linearise import Linearised
 
 # Up to this size evidence comes from a dense factorisation: it is exact, and its products
@@ -63,7 +62,11 @@ def newton_steps(
     """Both corrections; of a symmetric system as one batch of two right-hand sides."""
     if is_symmetric:
         pair = jtu.tree_map(lambda a, b: jnp.stack([a, b]), at.residual, rho)
-        solved = jax.vmap(lambda b: solve_linear(solver, at.adjoint, b, None, preconditioner))(pair)
+
+        def solve(b: PyTree) -> LinearSolution:
+            return solve_linear(solver, at.adjoint, b, None, preconditioner)
+
+        solved = map_rows(solve, pair, at.adjoint, rho)
         first, second = (jtu.tree_map(lambda a, i=i: a[i], solved) for i in range(2))
     else:
         first = solve_linear(solver, at.forward, at.residual, is_symmetric=False)

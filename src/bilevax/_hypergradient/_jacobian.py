@@ -1,7 +1,6 @@
 """The Jacobian of the solution map, for people who want the matrix."""
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar
@@ -11,7 +10,7 @@ from .._inner._external import Given
 from .._linear import LinearSolution
 from .._problem import Bilevel, as_arrays, prepare
 from .._results import RESULTS, first_failure
-from .._tree import flat_to_tree, lean_jit, tree_basis, tree_size
+from .._tree import flat_to_tree, lean_jit, map_rows, tree_basis, tree_size
 from ._adjoint import first_of_batch
 from ._base import as_stats
 from ._entry import check_types, raise_failure
@@ -112,7 +111,7 @@ def _forward(
     def solve(b: PyTree) -> LinearSolution:
         return rule.solve_adjoint(at.forward, b, problem.inner, x, theta)
 
-    columns, systems = tangent_columns(problem.inner, x, theta, solve)
+    columns, systems = tangent_columns(problem.inner, at, x, theta, solve)
     # Columns come first; the entries of theta belong last.
     value = jtu.tree_map(lambda c: flat_to_tree(jnp.moveaxis(c, 0, -1), theta), columns)
     return value, systems
@@ -128,7 +127,7 @@ def _reverse(
         solution = rule.solve_adjoint(at.adjoint, direction, problem.inner, x, theta)
         return jtu.tree_map(jnp.negative, at.both(solution.value)[1]), solution
 
-    rows, systems = jax.vmap(row)(tree_basis(x))
+    rows, systems = map_rows(row, tree_basis(x), at.both, x)
     leaves, structure = jtu.tree_flatten(x)
     ends = [0]
     for leaf in leaves:

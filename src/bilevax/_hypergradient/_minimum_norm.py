@@ -18,6 +18,7 @@ from .._results import RESULTS, first_failure
 from .._tree import (
     default_rtol,
     flat_to_tree,
+    map_rows,
     stop_gradient,
     tree_all_finite,
     tree_dot,
@@ -189,7 +190,7 @@ def _by_tangents(
         result = RESULTS.where(is_open, RESULTS.singular, found.result)
         return eqx.tree_at(lambda s: s.result, found, result)
 
-    columns, systems = tangent_columns(condition, x, theta, solve)
+    columns, systems = tangent_columns(condition, at, x, theta, solve)
     products = jax.vmap(lambda column: tree_dot(column, outer.grad_x))(columns)
     grad = jtu.tree_map(jnp.add, outer.grad_theta, flat_to_tree(products, theta))
     return grad, None, systems, jnp.array(True)
@@ -227,7 +228,7 @@ def _solve_and_probe(
         null = tree_sub(b, product)
         return verify(found, b, product), tree_norm(null), tree_norm(at.both(null)[1])
 
-    systems, size_null, seen = jax.vmap(solve)(batch)
+    systems, size_null, seen = map_rows(solve, batch, at.both, x)
     norm_B = tree_norm(at.both(pattern)[1]) / tree_norm(pattern)
     size_b = jax.vmap(tree_norm)(batch)
     is_null = size_null > _IS_NULL * size_b

@@ -9,9 +9,10 @@ from jaxtyping import PyTree
 
 from .._inner._base import Counts
 from .._inner._default import as_inner_solver
+from .._linear import LinearSolution
 from .._problem import Bilevel, as_arrays, bind, restore, start_as_arrays, start_at
 from .._results import RESULTS, first_failure
-from .._tree import lean_jit, tree_all_finite, tree_sub
+from .._tree import lean_jit, map_rows, tree_all_finite, tree_sub
 from ._adjoint import first_of_batch
 from ._base import Estimate, as_stats, no_evidence
 from ._entry import check_types, raise_failure
@@ -90,10 +91,12 @@ def _hypergradients(
     basis = jnp.eye(values.shape[0], dtype=values.dtype)
     grads_x, grads_theta = jax.vmap(pullback)(basis)
     at = linearise(condition, x, theta)
-    systems = jax.vmap(
-        lambda b: rule.solve_adjoint(at.adjoint, b, condition, x, theta, inner_state)
-    )(grads_x)
-    grad = tree_sub(grads_theta, jax.vmap(lambda v: at.both(v)[1])(systems.value))
+
+    def solve(b: PyTree) -> LinearSolution:
+        return rule.solve_adjoint(at.adjoint, b, condition, x, theta, inner_state)
+
+    systems = map_rows(solve, grads_x, at.adjoint, x)
+    grad = tree_sub(grads_theta, map_rows(lambda v: at.both(v)[1], systems.value))
     is_finite = tree_all_finite((values, grad))
     num = values.shape[0]
     counts = Counts(gradients=1, hessian=jnp.sum(systems.num_products), cross=num)

@@ -9,11 +9,13 @@ from jaxtyping import PyTree
 
 from .._linear import LinearSolution
 from .._problem import AbstractCondition
-from .._tree import tree_basis
+from .._tree import map_rows, tree_basis
+from ._linearise import Linearised
 
 
 def tangent_columns(
     condition: AbstractCondition,
+    at: Linearised,
     x: PyTree,
     theta: PyTree,
     solve: Callable[[PyTree], LinearSolution],
@@ -25,4 +27,4 @@ def tangent_columns(
         solution = solve(b)
         return jtu.tree_map(jnp.negative, solution.value), solution
 
-    return jax.vmap(column)(tree_basis(theta))
+    return map_rows(column, tree_basis(theta), at.both, x)

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._results import RESULTS
-from .._tree import tree_norm, tree_sub
+from .._tree import map_rows, tree_norm, tree_sub
 from ._base import LinearSolution
 from ._subspace import combine, gram, rows_dot, symmetric
 
@@ -65,7 +65,7 @@ def deflate(
     W, is_filled = kept.W, kept.is_filled
     precondition = (lambda r: r) if preconditioner is None else preconditioner
     # Not evaluated at the zeros of the first call.
-    AW = jax.lax.cond(is_filled, lambda: jax.vmap(matvec)(W), lambda: W)
+    AW = jax.lax.cond(is_filled, lambda: map_rows(matvec, W), lambda: W)
     energy = symmetric(gram(W, AW))
     energy = jnp.where(jnp.all(jnp.isfinite(energy)), energy, 0)
     values, vectors = jnp.linalg.eigh(energy)

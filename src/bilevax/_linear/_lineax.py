@@ -13,11 +13,15 @@ from jaxtyping import Array, Int, PyTree, Scalar
 from .._results import RESULTS
 from .._tree import (
     default_rtol,
+    dense_columns,
+    flat_to_tree,
+    has_fourier_transform,
     tree_all_finite,
     tree_dtype,
     tree_norm,
     tree_size,
     tree_sub,
+    tree_to_flat,
     tree_where,
     tree_zeros_like,
 )
@@ -79,6 +83,8 @@ def _call(
     is_symmetric: bool,
 ) -> lx.Solution:
     dtype = tree_dtype(b)
+    if not _is_iterative(solver) and has_fourier_transform(matvec, b):
+        matvec = _by_matrix(matvec, b)  # Lineax would form it from a batch of products
     if isinstance(solver, lx.LSMR) and jnp.zeros(()).dtype != dtype:
         # LSMR of Lineax 0.1.1 raises in float32 where float64 is enabled: lax.select with
         # a Python float. Its vectors are then float64, the products stay as they are.
@@ -102,6 +108,11 @@ def _call(
     with jax.numpy_dtype_promotion("standard"):
         found = lx.linear_solve(operator, b, solver, options=options, throw=False)
     return eqx.tree_at(lambda s: s.value, found, _astype(found.value, dtype))
+
+
+def _by_matrix(matvec: Callable, b: PyTree[Array]) -> Callable:
+    columns = dense_columns(matvec, b)
+    return lambda v: flat_to_tree(tree_to_flat(v) @ columns, b)
 
 
 def _cast(matvec: Callable, dtype: Any) -> Callable:

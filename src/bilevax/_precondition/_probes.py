@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._tree import tree_size
+from .._tree import map_rows, tree_size
 
 # So many products at once: enough for a matrix product, little enough for the memory.
 _BATCH = 32
@@ -34,9 +33,7 @@ def unit_vectors(x: PyTree[Array]) -> PyTree[Array]:
 def products(matvec: Callable[[PyTree], PyTree], rows: PyTree[Array]) -> PyTree[Array]:
     """`A` times every row."""
     num_rows = jtu.tree_leaves(rows)[0].shape[0]
-    if num_rows <= _BATCH:
-        return jax.vmap(matvec)(rows)
-    return jax.lax.map(matvec, rows, batch_size=_BATCH)
+    return map_rows(matvec, rows, batch_size=None if num_rows <= _BATCH else _BATCH)
 
 
 def _signs(shape: tuple[int, ...], dtype: jnp.dtype, seed: int) -> Array:
