@@ -1,12 +1,14 @@
 """Implicit differentiation: one adjoint system instead of the steps of the solver."""
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._inner._base import AbstractInnerSolver, Counts
 from .._linear import (
@@ -16,7 +18,7 @@ from .._linear import (
     resume_linear,
     verify,
 )
-from .._linear._common import check_tolerance
+from .._linear._common import check_tolerance, largest_entry
 from .._precondition._base import AbstractPreconditioner, as_preconditioner
 from .._problem import AbstractCondition, Bilevel, start_at
 from .._results import RESULTS, first_failure
@@ -32,7 +34,7 @@ from .._tree import (
 from ._accuracy import estimate_to_accuracy, first_tolerances
 from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, no_evidence
 from ._evidence import damping_bias, dual_value, with_evidence
-from ._implicit_function import attach_derivative
+from ._implicit_function import System, attach_derivative
 from ._linearise import Linearised, linearise, outer_at
 
 
@@ -241,18 +243,32 @@ class Implicit(AbstractHypergradient):
         x0 = stop_gradient(start_at(x0, theta))
         state = inner_solver.init(fixed_condition, x0, fixed_theta)
         inner, inner_state = inner_solver.solve(fixed_condition, x0, fixed_theta, state)
-        x = or_fail(inner.x, self.inner_result(inner.result), throw)
+        result = self.inner_result(inner.result)
+        x = or_fail(inner.x, result, True) if throw else inner.x
+        failed = None if throw else (result != RESULTS.successful)
+        x = self.attach(condition, theta, x, inner_state, throw, failed)
+        return x if throw else or_fail(x, result, False)
 
-        def solve(matvec: Callable, b: PyTree) -> PyTree:
-            adjoint = self.solve_adjoint(matvec, b, fixed_condition, x, fixed_theta, inner_state)
-            return or_fail(adjoint.value, adjoint.result, throw)
-
+    def attach(
+        self,
+        condition: AbstractCondition,
+        theta: PyTree,
+        x: PyTree[Array],
+        inner_state: PyTree,
+        throw: bool,
+        failed: Bool[Array, ""] | None = None,
+    ) -> PyTree[Array]:
+        """The solution `x`, with its derivative in theta and the arrays of `condition`."""
+        args = (condition, theta, self.damping if self._is_damped else None, stop_gradient(x))
+        undamped = dataclasses.replace(self, damping=0.0)
         return attach_derivative(
-            lambda x, args: args[0].residual(x, args[1]),
-            (condition, theta),
+            _damped_residual,
+            args,
             x,
-            solve,
+            partial(_solve_at, throw=throw),
+            (undamped, condition, x, theta, inner_state),
             condition.is_symmetric,
+            failed,
         )
 
     def apply(
@@ -264,19 +280,14 @@ class Implicit(AbstractHypergradient):
         rest = stop_gradient(rest)
         is_symmetric = is_gradient(rewrite_fn)
 
-        def solve(matvec: Callable, b: PyTree) -> PyTree:
-            solver = self._solver(b, is_symmetric)
-            damped = self._damped_product(matvec)
-            adjoint, _ = resume_linear(
-                solver, damped, b, None, None, _memory(solver, b), is_symmetric
-            )
-            adjoint = verify(adjoint, b, damped(adjoint.value))
-            return or_fail(adjoint.value, adjoint.result, True)
+        def residual(x: PyTree, args: tuple) -> PyTree:
+            inputs, rest, damping, at = args
+            product = rewrite_fn(x, rest, inputs)
+            return product if damping is None else tree_axpy(damping, tree_sub(x, at), product)
 
-        x = attach_derivative(
-            lambda x, args: rewrite_fn(x, rest, args), inputs, x, solve, is_symmetric
-        )
-        return x, rest
+        args = (inputs, rest, self.damping if self._is_damped else None, stop_gradient(x))
+        solve = partial(_solve_alone, is_symmetric=is_symmetric)
+        return attach_derivative(residual, args, x, solve, self, is_symmetric), rest
 
     def solve_adjoint(
         self,
@@ -361,9 +372,44 @@ def is_gradient(rewrite_fn: Callable) -> bool:
     return rewrite_fn.__module__.endswith(("._minimise", "._least_squares"))
 
 
+def _damped_residual(x: PyTree, args: tuple) -> PyTree:
+    """The residual plus `damping (x - at)`, which is zero, and has the derivative `damping`."""
+    condition, theta, damping, at = args
+    residual = condition.residual(x, theta)
+    return residual if damping is None else tree_axpy(damping, tree_sub(x, at), residual)
+
+
+def _solve_at(memory: tuple, system: System, b: PyTree, *, throw: bool) -> PyTree:
+    rule, condition, x, theta, inner_state = memory
+    adjoint = rule.solve_adjoint(system.matvec, b, condition, x, theta, inner_state)
+    return solved_or_fail(adjoint, b, throw)
+
+
+def _solve_alone(rule: Implicit, system: System, b: PyTree, *, is_symmetric: bool) -> PyTree:
+    solver = rule._solver(b, is_symmetric)
+    memory = _memory(solver, b)
+    adjoint, _ = resume_linear(solver, system.matvec, b, None, None, memory, is_symmetric)
+    adjoint = verify(adjoint, b, system.matvec(adjoint.value))
+    return solved_or_fail(adjoint, b, True)
+
+
 def or_fail(x: PyTree, result: RESULTS, throw: bool) -> PyTree:
     """`x`; where `result` is a failure an error or, without `throw`, NaN."""
     failed = result != RESULTS.successful
     if throw:
         return result.error_if(x, failed)
-    return jax.tree_util.tree_map(lambda a: jnp.where(failed, jnp.nan, a), x)
+    # Added, so that the derivative is that of x: through a where it would be zero.
+    poison = jnp.where(failed, jnp.nan, 0.0)
+    return jax.tree_util.tree_map(lambda a: a + poison.astype(a.dtype), x)
+
+
+def solved_or_fail(solution: LinearSolution, b: PyTree, throw: bool) -> PyTree:
+    """The solution of a system with right-hand side `b`, as in `or_fail`.
+
+    Zero if `b` is zero, whatever the matrix is: a failed element of a batch that nothing
+    asks for has no part in the others' derivative.
+    """
+    is_zero = largest_entry(b) == 0
+    value = jax.tree_util.tree_map(lambda a: jnp.where(is_zero, 0, a), solution.value)
+    result = RESULTS.where(is_zero, RESULTS.successful, solution.result)
+    return or_fail(value, result, throw)

@@ -1,58 +1,116 @@
 """The implicit function theorem as a JAX derivative rule."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Bool, PyTree
+
+from .._tree import stop_gradient
+
+
+class System(NamedTuple):
+    """A linear system with the derivative of the residual in x, or with its transpose."""
+
+    matvec: Callable[[PyTree], PyTree]
+    cross: Callable[[PyTree], PyTree]  # w -> B^T w, B the derivative in what is differentiated
 
 
 def attach_derivative(
     residual: Callable[[PyTree, PyTree], PyTree],
     args: PyTree,
     x: PyTree[Array],
-    solve: Callable[[Callable[[PyTree], PyTree], PyTree], PyTree],
+    solve: Callable[[Any, System, PyTree], PyTree],
+    memory: PyTree,
     is_symmetric: bool,
+    failed: Bool[Array, ""] | None = None,
 ) -> PyTree[Array]:
     """`x`, with the derivative in `args` of the zero of `residual(x, args)`.
 
     `residual(x(a), a) = 0` for all `a`, hence `A dx + d_a residual da = 0`, and
     `dx = -A^{-1} d_a residual da` with `A` the derivative of the residual in `x`.
 
-    `solve(matvec, b)` solves with `A` or, transposed, with its transpose. Every
+    `solve(memory, system, b)` solves with `A` or, transposed, with its transpose. Every
     transformation passes: the rule is a jvp, its linear system is one that JAX knows how
     to transpose, and `x` inside the rule carries the rule again, so that second
     derivatives see it move. `args` may hold anything; its floating-point arrays are
     differentiated.
+
+    JAX runs the rule when the values of this call are gone. So `residual` and `solve`
+    close over no arrays: what they need is in `args` and, taken as constant, in `memory`.
+
+    Where `failed`, `x` is no solution, and the derivative of the residual there may be
+    NaN: a tangent or cotangent of zero stays zero all the same, any other fails in `solve`.
     """
     inexact, rest = eqx.partition(args, eqx.is_inexact_array)
     arrays, static = eqx.partition(rest, eqx.is_array)
+    constant, constant_static = eqx.partition(stop_gradient((memory, failed)), eqx.is_array)
 
     @jax.custom_jvp
-    def attached(inexact: PyTree, arrays: PyTree, x: PyTree) -> PyTree:
-        del inexact, arrays
+    def attached(inexact: PyTree, arrays: PyTree, constant: PyTree, x: PyTree) -> PyTree:
+        del inexact, arrays, constant
         return x
 
-    @attached.defjvp
     def attached_jvp(primals: tuple, tangents: tuple) -> tuple[PyTree, PyTree]:
-        inexact, arrays, x = primals
-        x = attached(inexact, arrays, x)
+        inexact, arrays, constant, x = primals
+        memory, failed = eqx.combine(constant, constant_static)
+        x = attached(inexact, arrays, constant, x)
+        # what stands still costs nothing, and need not have a derivative
+        moves = jtu.tree_map(_moves, tangents[0], is_leaf=_is_symbolic)
+        tangent = eqx.filter(tangents[0], moves, is_leaf=_is_symbolic)
+        moving, still = eqx.partition(inexact, moves)
 
-        def residual_of(inexact: PyTree, x: PyTree) -> PyTree:
-            return residual(x, eqx.combine(inexact, arrays, static))
+        def residual_of(moving: PyTree, x: PyTree) -> PyTree:
+            return residual(x, eqx.combine(moving, still, arrays, static))
 
-        _, right_hand_side = jax.jvp(lambda a: residual_of(a, x), (inexact,), (tangents[0],))
-        # custom_linear_solve can be transposed only if every leaf of the right-hand side
-        # depends on the tangents; one with a zero cross derivative (a bias without
-        # regulariser) does not: https://github.com/jax-ml/jax/issues/10929
-        zero = sum(0 * jnp.sum(t) for t in jtu.tree_leaves(tangents[0]))
-        right_hand_side = jtu.tree_map(lambda r: -r + jnp.asarray(zero, r.dtype), right_hand_side)
-        _, matvec = jax.linearize(lambda x: residual_of(inexact, x), x)
+        right_hand_side = _right_hand_side(lambda a: residual_of(a, x), moving, tangent, failed)
+        _, matvec = jax.linearize(lambda x: residual_of(moving, x), x)
+
+        def cross(w: PyTree) -> PyTree:
+            return jax.vjp(lambda a: residual_of(a, x), moving)[1](w)[0]
+
+        def solve_here(matvec: Callable, b: PyTree) -> PyTree:
+            return solve(memory, System(matvec, cross), b)
+
         x_dot = jax.lax.custom_linear_solve(
-            matvec, right_hand_side, solve, transpose_solve=solve, symmetric=is_symmetric
+            matvec, right_hand_side, solve_here, transpose_solve=solve_here, symmetric=is_symmetric
         )
         return x, x_dot
 
-    return attached(inexact, arrays, jax.lax.stop_gradient(x))
+    attached.defjvp(attached_jvp, symbolic_zeros=True)
+    return attached(inexact, arrays, constant, jax.lax.stop_gradient(x))
+
+
+def _right_hand_side(
+    residual: Callable[[PyTree], PyTree],
+    moving: PyTree,
+    tangent: PyTree,
+    failed: Bool[Array, ""] | None,
+) -> PyTree:
+    """`-d_a residual da`, linear in `da` in the eyes of JAX.
+
+    custom_linear_solve can be transposed only if every leaf of the right-hand side depends
+    on the tangents; one with a zero cross derivative (a bias without regulariser) does not:
+    https://github.com/jax-ml/jax/issues/10929. So zero times their sum is added. Where
+    `failed` the sum itself takes the place of the derivative, which may be NaN times zero.
+    """
+    total = sum(jnp.sum(t).astype(float) for t in jtu.tree_leaves(tangent))
+    weight = 0.0 if failed is None else jnp.where(failed, 1.0, 0.0)
+    if failed is not None:
+        tangent = jtu.tree_map(lambda t: jnp.where(failed, 0, t), tangent)
+    _, product = jax.jvp(residual, (moving,), (tangent,))
+    if failed is not None:
+        product = jtu.tree_map(lambda r: jnp.where(failed, 0, r), product)
+    return jtu.tree_map(lambda r: -r + jnp.asarray(weight * total, r.dtype), product)
+
+
+def _is_symbolic(leaf: Any) -> bool:
+    return isinstance(leaf, SymbolicZero)
+
+
+def _moves(tangent: Any) -> bool:
+    return not _is_symbolic(tangent)

@@ -1,11 +1,12 @@
 """K steps at a solution, where the steps are those of a gradient, a map or an equation."""
 
 from collections.abc import Callable
+from functools import partial
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._inner._base import AbstractInnerSolver, Counts
 from .._linear import LinearSolution, Neumann, verify
@@ -25,8 +26,8 @@ from .._tree import (
 )
 from ._base import Estimate, HypergradientState, as_stats, no_evidence
 from ._evidence import dual_value
-from ._implicit import is_gradient, or_fail
-from ._implicit_function import attach_derivative
+from ._implicit import is_gradient, or_fail, solved_or_fail
+from ._implicit_function import System, attach_derivative
 from ._linearise import linearise, outer_at
 
 # A residual above this is worse than no answer at all, which has one.
@@ -165,14 +166,16 @@ def solution_by_series(
     inner, _ = inner_solver.solve(fixed_condition, x0, fixed_theta, state)
     is_nonfinite = inner.result == RESULTS.nonfinite
     result = RESULTS.where(is_nonfinite, RESULTS.nonfinite, RESULTS.successful)
-    return _attach(
+    x = _attach(
         series,
         lambda x, args: args[0].residual(x, args[1]),
         (condition, theta),
-        or_fail(inner.x, result, throw),
+        or_fail(inner.x, result, True) if throw else inner.x,
         condition.is_symmetric,
         throw,
+        None if throw else is_nonfinite,
     )
+    return x if throw else or_fail(x, result, False)
 
 
 def apply_series(
@@ -196,6 +199,7 @@ def _attach(
     x: PyTree[Array],
     is_symmetric: bool,
     throw: bool,
+    failed: Bool[Array, ""] | None = None,
 ) -> PyTree[Array]:
     """`x`, with the derivative in `args` of K steps on `residual(x, args)`.
 
@@ -208,17 +212,23 @@ def _attach(
         scale = jnp.sqrt(step_size) if series.is_equation else step_size
         series = StepSeries(series.num_terms, 1.0, series.is_equation)
 
-    def solve(matvec: Callable, b: PyTree) -> PyTree:
-        solution = series.solve(matvec, b)
-        return or_fail(solution.value, solution.result, throw)
-
     return attach_derivative(
-        lambda x, args: tree_scale(args[1], residual(x, args[0])),
+        _scaled_residual(residual),
         (args, stop_gradient(scale)),
         x,
-        solve,
+        partial(_solve_series, throw=throw),
+        series,
         is_symmetric,
+        failed,
     )
+
+
+def _scaled_residual(residual: Callable[[PyTree, PyTree], PyTree]) -> Callable:
+    return lambda x, args: tree_scale(args[1], residual(x, args[0]))
+
+
+def _solve_series(series: StepSeries, system: System, b: PyTree, *, throw: bool) -> PyTree:
+    return solved_or_fail(series.solve(system.matvec, b), b, throw)
 
 
 def geometric_remainder(term: PyTree, left: PyTree, further: PyTree) -> Scalar:
