@@ -94,7 +94,9 @@ def norm_over_error(gradient: PyTree[Array], size: Scalar, error: Scalar) -> Sca
     # No gradient at all: omega is 0/0, and nothing is missing.
     is_zero = error == 0
     own = jnp.where(is_zero, size, norm(gradient) / jnp.where(is_zero, 1, error))
-    return jnp.minimum(size, own)
+    comparable = jnp.minimum(size, own)
+    # Where even H z has overflowed, x has run away: any gradient is small beside infinity.
+    return jnp.where(jnp.isposinf(comparable), 0, comparable)
 
 
 def root_mean_square(a: PyTree[Array], scale: PyTree[Array]) -> Scalar:
