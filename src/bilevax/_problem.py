@@ -41,7 +41,8 @@ class Minimum(AbstractCondition):
     """`x*(theta)` minimises `fn(x, theta)` or, with data, `fn(x, theta, data)`.
 
     The residual is `grad_x fn`; its derivative in `x`, the Hessian, is symmetric. A plain
-    function given to `Bilevel` is promoted to this.
+    function given to `Bilevel` is promoted to this. It may return `(value, aux)`; the
+    auxiliary output of an inner function is not used.
 
     `strong_convexity`, if you know one, is a number or a function of theta, `mu` with
     `d2_xx fn >= mu` everywhere: the strength of a quadratic regulariser of a convex loss,
@@ -57,6 +58,10 @@ class Minimum(AbstractCondition):
     def __check_init__(self) -> None:
         _check_modulus(self.strong_convexity)
 
+    def __call__(self, x: PyTree, theta: PyTree) -> Scalar:
+        out = super().__call__(x, theta)
+        return out[0] if _has_aux(out) else out
+
     def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
         return jax.grad(self.__call__)(x, theta)
 
@@ -65,16 +70,22 @@ class LeastSquares(AbstractCondition):
     """`x*(theta)` minimises `1/2 ||fn(x, theta)||^2`, `fn` returning a pytree of arrays.
 
     As `Minimum` of that objective, `strong_convexity` included; least-squares solvers
-    (Gauss-Newton, Levenberg-Marquardt, ...) use the residuals `fn` themselves.
+    (Gauss-Newton, Levenberg-Marquardt, ...) use the residuals `fn` themselves. A tuple is
+    residuals, too: where `fn` returns `(residuals, aux)`, say `has_aux=True`.
     """
 
     fn: Callable
     data: PyTree = None
     strong_convexity: float | Callable[[PyTree], Scalar] | None = None
+    has_aux: bool = eqx.field(default=False, static=True)
     is_symmetric: ClassVar[bool] = True
 
     def __check_init__(self) -> None:
         _check_modulus(self.strong_convexity)
+
+    def __call__(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
+        out = super().__call__(x, theta)
+        return out[0] if self.has_aux else out
 
     def objective(self, x: PyTree, theta: PyTree) -> Scalar:
         squares = [jnp.sum(r**2) for r in jtu.tree_leaves(self(x, theta))]
@@ -85,25 +96,54 @@ class LeastSquares(AbstractCondition):
 
 
 class Root(AbstractCondition):
-    """`x*(theta)` solves `fn(x, theta) = 0`, `fn` returning the structure of `x`."""
+    """`x*(theta)` solves `fn(x, theta) = 0`, `fn` returning the structure of `x`.
+
+    Or `(value, aux)`, of which `aux` is not used.
+    """
 
     fn: Callable
     data: PyTree = None
     is_symmetric: ClassVar[bool] = False
+
+    def __call__(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
+        return _like(super().__call__(x, theta), x)
 
     def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
         return self(x, theta)
 
 
 class FixedPoint(AbstractCondition):
-    """`x*(theta)` solves `x = fn(x, theta)`. The residual is `x - fn(x, theta)`."""
+    """`x*(theta)` solves `x = fn(x, theta)`. The residual is `x - fn(x, theta)`.
+
+    `fn` may return `(value, aux)`, of which `aux` is not used.
+    """
 
     fn: Callable
     data: PyTree = None
     is_symmetric: ClassVar[bool] = False
 
+    def __call__(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
+        return _like(super().__call__(x, theta), x)
+
     def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
         return tree_sub(x, self(x, theta))
+
+
+def _has_aux(out: Any) -> bool:
+    return isinstance(out, tuple) and len(out) == 2
+
+
+def _like(out: Any, x: PyTree) -> Any:
+    """What an equation returned, without its auxiliary output, in the dtype of `x`.
+
+    The structure of `x` is the rule: an `x` that is a pair makes a pair of the value.
+    """
+    structure = jtu.tree_structure(x)
+    if _has_aux(out) and jtu.tree_structure(out) != structure:
+        out = out[0]
+    if jtu.tree_structure(out) != structure:
+        return out  # the check at the door says what is wrong with it
+    return jtu.tree_map(lambda a, b: jnp.asarray(a, b.dtype), out, x)
 
 
 def _check_modulus(modulus: Any) -> None:

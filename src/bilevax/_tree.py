@@ -76,6 +76,23 @@ def tree_dtype(a: PyTree) -> Any:
     return jnp.result_type(*leaves) if leaves else jnp.zeros(()).dtype
 
 
+def working_dtype(a: PyTree) -> Any:
+    """The dtype for factorisations: that of `a`, but there are none in half precision."""
+    dtype = tree_dtype(a)
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def factorise(fn: Callable, *matrices: Array) -> Any:
+    """`fn(*matrices)` in the dtype for factorisations, and back in theirs."""
+    found = fn(*tree_astype(matrices, working_dtype(matrices)))
+    return tree_astype(found, tree_dtype(matrices))
+
+
+def tree_astype(a: PyTree, dtype: Any) -> PyTree:
+    """`a` with every leaf in `dtype`."""
+    return jtu.tree_map(lambda x: x.astype(dtype), a)
+
+
 def tree_basis(tree: PyTree) -> PyTree:
     """The unit vectors of the space of `tree`, stacked along a new first axis."""
     leaves, structure = jtu.tree_flatten(tree)

@@ -56,7 +56,7 @@ def first_tolerances(rtol: Any, x: PyTree) -> Array:
     """
     dtype = tree_dtype(x)
     rtol = jnp.asarray(rtol, dtype)
-    floor = _FLOOR * jnp.finfo(dtype).eps
+    floor = _FLOOR * float(jnp.finfo(dtype).eps)
     return jnp.stack([jnp.clip(jnp.sqrt(rtol), floor, _LOOSEST), jnp.clip(0.1 * rtol, floor, 0.1)])
 
 
@@ -253,7 +253,7 @@ def _next_tolerances(
     """Tighter after a failure, looser where much less error was left than was allowed."""
     is_easy = is_good & (s.num_refinements <= 2) & (s.change <= 0.01 * _wanted(s, accuracy))
     factor = jnp.where(is_easy, 3.0, jnp.where(is_good, 1.0, 0.01)).astype(tolerances.dtype)
-    floor = _FLOOR * jnp.finfo(tolerances.dtype).eps
+    floor = _FLOOR * float(jnp.finfo(tolerances.dtype).eps)
     return jnp.clip(factor * tolerances, floor, _LOOSEST)
 
 

@@ -106,7 +106,7 @@ def disagreement(
     )
     error, norm = tree_norm(gap), tree_norm(expected.value)
     most = jnp.maximum(largest * norm, explained * jnp.maximum(norm, expected.typical))
-    most += 100 * jnp.finfo(error.dtype).eps * tree_norm(found)
+    most += 100 * float(jnp.finfo(error.dtype).eps) * tree_norm(found)
     return error, expected.is_known & ~(error <= most)
 
 

@@ -72,7 +72,7 @@ def error_bound(
     curvature, moves, cross = _SAFETY * largest[0], _SAFETY * largest[1], largest[2]
 
     at = linearise(problem.inner, x, theta)
-    eps = _ROUNDING * jnp.finfo(modulus.dtype).eps
+    eps = _ROUNDING * float(jnp.finfo(modulus.dtype).eps)
     norm_A = _NORM_MARGIN * largest_eigenvalue(at.forward, x)
     rho, grad = jax.grad(phi, argnums=(0, 1))(x, theta)
     size_x, size_v = tree_norm(x), tree_norm(v)

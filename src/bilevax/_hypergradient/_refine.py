@@ -85,7 +85,7 @@ def refine(
     # its Frobenius norm.
     probe = jtu.tree_map(signs_like, x)
     size_A = jnp.sqrt(tree_size(x)) * tree_norm(at.forward(probe)) / tree_norm(probe)
-    floor = _ROUNDING * jnp.finfo(residual.dtype).eps * size_A * tree_norm(x)
+    floor = _ROUNDING * float(jnp.finfo(residual.dtype).eps) * size_A * tree_norm(x)
     return Refined(
         x=x,
         v=v,

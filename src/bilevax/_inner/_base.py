@@ -143,7 +143,7 @@ def measure(
     seen = compare(g, product, own_magnitude(x, x0), lambda scale: residual <= tolerance_of(scale))
     scale, tolerance = seen.scale, tolerance_of(seen.scale)
     # A gradient is a difference of terms of size `scale`: this much of it is rounding.
-    floor = ROUNDING * jnp.finfo(residual.dtype).eps * scale
+    floor = ROUNDING * float(jnp.finfo(residual.dtype).eps) * scale
     result = RESULTS.where(residual <= floor, RESULTS.stalled, RESULTS.inner_not_converged)
     result = RESULTS.where(residual <= tolerance, RESULTS.successful, result)
     finite = jnp.isfinite(residual) & tree_all_finite(x)

@@ -179,7 +179,7 @@ class Descent(AbstractSteppingSolver):
                 return x0, optimizer_state
             # Where only rounding is left of the gradient, the differences of which such an
             # optimiser learns are 0/0: it rests there, and so does the derivative of x.
-            rtol = ROUNDING * jnp.finfo(tree_dtype(x0)).eps
+            rtol = ROUNDING * float(jnp.finfo(tree_dtype(x0)).eps)
         residual, scale = residual_and_scale(condition, x0, x0, theta)
         tolerance = self._tolerance(jnp.maximum(scale, residual), rtol)
         return x0, optimizer_state, tolerance, jnp.array(False)

@@ -36,7 +36,7 @@ class History(eqx.Module):
         """With one more pair, if it is wanted and its curvature is positive."""
         curvature, change_sq = tree_dot(step, change), tree_dot(change, change)
         # Cauchy-Schwarz: the square of a cosine of at least eps.
-        least = jnp.finfo(curvature.dtype).eps ** 2 * tree_dot(step, step) * change_sq
+        least = float(jnp.finfo(curvature.dtype).eps) ** 2 * tree_dot(step, step) * change_sq
         is_new = is_wanted & (curvature > 0) & (curvature**2 > least)
         safe = jnp.where(is_new, curvature, 1)
         steps = jtu.tree_map(lambda x, s: self._put(x, s, is_new), self.steps, step)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Scalar
 
 def rounding(f: Scalar) -> Scalar:
     """Changes of the objective below this are rounding errors."""
-    return 10 * jnp.finfo(f.dtype).eps * jnp.abs(f)
+    return 10 * float(jnp.finfo(f.dtype).eps) * jnp.abs(f)
 
 
 def is_decrease(f: Scalar, new_f: Scalar, slope: Scalar) -> Bool[Array, ""]:
@@ -24,7 +24,7 @@ def is_decrease(f: Scalar, new_f: Scalar, slope: Scalar) -> Bool[Array, ""]:
 
 def is_level(f: Scalar, new_f: Scalar) -> Bool[Array, ""]:
     """Whether the objective rose by no more than may be due to rounding in long sums."""
-    return new_f <= f + jnp.finfo(f.dtype).eps ** (2 / 3) * jnp.abs(f)
+    return new_f <= f + float(jnp.finfo(f.dtype).eps) ** (2 / 3) * jnp.abs(f)
 
 
 def shrink(slope: Scalar, new_slope: Scalar) -> Scalar:

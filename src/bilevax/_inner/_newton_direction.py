@@ -16,6 +16,7 @@ from .._tree import (
     tree_size,
     tree_to_flat,
     tree_zeros_like,
+    working_dtype,
 )
 from ._own_scale import norm, norm_over_error, root_mean_square
 
@@ -85,9 +86,7 @@ def dense_newton(
     entry by entry, over the variable it moves. Where the gradient is nothing but
     rounding errors no more can be had, and a hundredth of every variable will do.
     """
-    size, dtype = tree_size(gradient), tree_dtype(gradient)
-    # There is no Cholesky factorisation in half precision.
-    work = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+    size, dtype, work = tree_size(gradient), tree_dtype(gradient), working_dtype(gradient)
 
     def solve() -> tuple[Array, Scalar]:
         columns = dense_columns(product, gradient).astype(work)
@@ -110,7 +109,7 @@ def _compared_with(
     rtol: Scalar | float,
 ) -> Scalar:
     """See `_own_scale.py`; the error is also that of x itself, the Newton step over it."""
-    eps = jnp.finfo(g.dtype).eps
+    eps = float(jnp.finfo(g.dtype).eps)
     rtol = jnp.maximum(rtol, eps).astype(g.dtype)
     rows = jnp.abs(hessian) @ jnp.abs(z)
     backward = root_mean_square(g, rows)
@@ -140,7 +139,7 @@ def _step(columns: Float[Array, "d d"], b: Float[Array, " d"]) -> Float[Array, "
     symmetric = (scaled + scaled.T) / 2
     # The Hessian errs by what makes it asymmetric, and by a few rounding errors.
     asymmetry = jnp.sqrt(jnp.sum((scaled - symmetric) ** 2))
-    noise = jax.lax.stop_gradient(_FEW * b.size * jnp.finfo(b.dtype).eps + asymmetry)
+    noise = jax.lax.stop_gradient(_FEW * b.size * float(jnp.finfo(b.dtype).eps) + asymmetry)
     factor = jax.lax.linalg.cholesky(symmetric, symmetrize_input=False)
     # One over the sum of the inverse eigenvalues: pivots err by more than rounding where
     # those before them are small. False also where one is not a number: it is indefinite.

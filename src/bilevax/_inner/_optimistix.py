@@ -9,14 +9,23 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, PyTree, Scalar
 
-from .._problem import AbstractCondition, FixedPoint, LeastSquares, objective
+from .._problem import AbstractCondition, FixedPoint, LeastSquares, as_arrays, objective
 from .._results import RESULTS
-from .._tree import Opaque, tree_all_finite, tree_dot
+from .._tree import (
+    Opaque,
+    tree_all_finite,
+    tree_astype,
+    tree_dot,
+    tree_dtype,
+    tree_norm,
+    tree_size,
+)
 from ._base import ROUNDING, AbstractSteppingSolver, Counts, InnerSolution, measure, run
 from ._kinks import flag_kink
 from ._lbfgs import LBFGS
 from ._lbfgs_history import empty_history
 from ._measured import AbstractMeasuredMinimiser
+from ._nelder_mead import ranked, simplex_around
 
 
 class Optimistix(AbstractSteppingSolver):
@@ -37,12 +46,21 @@ class Optimistix(AbstractSteppingSolver):
     because several of its solvers say "successful" where they stall. Solvers that stop on
     the length of their step may leave a gradient larger than that: short steps are no
     proof of a small gradient. Then ask the solver for more, or say here what is enough.
+    Of an equation the residual is judged, also where a minimiser has met its own
+    stopping rule: a minimum of the squared residual need not be a root.
+
+    Optimistix' solvers compute in JAX's default precision; `x` and what your function
+    sees keep the dtype of `x0`.
 
     **Arguments:**
 
     - `solver`: the Optimistix solver.
     - `max_steps`: the most steps it may take.
-    - `rtol`, `atol`: what the residual must meet; by default what the solver was asked for.
+    - `rtol`, `atol`: what the two-norm of the residual must meet; by default what the
+        solver was asked for, its `atol` translated from its own norm (the largest entry,
+        for most) to the two-norm: times the root of the number of variables.
+    - `options`: what Optimistix calls the options of a solver: `{"lower": 0.0, "upper":
+        1.0}` for `optx.Bisection`, `{"jac": "bwd"}` for least squares, ...
 
     **Cost:** one gradient a step is counted for solvers that do not count themselves,
     plus one gradient and one Hessian product for the measurement.
@@ -60,6 +78,7 @@ class Optimistix(AbstractSteppingSolver):
     max_steps: int
     rtol: float | None
     atol: float | None
+    options: dict[str, Any]
 
     def __init__(
         self,
@@ -68,6 +87,7 @@ class Optimistix(AbstractSteppingSolver):
         *,
         rtol: float | None = None,
         atol: float | None = None,
+        options: dict[str, Any] | None = None,
     ) -> None:
         if not isinstance(solver, optx.AbstractIterativeSolver):
             raise TypeError(
@@ -79,6 +99,7 @@ class Optimistix(AbstractSteppingSolver):
         self.max_steps = max_steps
         self.rtol = rtol
         self.atol = atol
+        self.options = {} if options is None else as_arrays(dict(options))
 
     @property
     def is_fixed_length(self) -> bool:
@@ -104,11 +125,15 @@ class Optimistix(AbstractSteppingSolver):
         self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: PyTree
     ) -> PyTree[Array]:
         del state  # pairs of another theta: for the adjoint system, not for this solve
-        fn, args = _function_for(self.solver, condition), (condition, theta)
-        f_struct, aux_struct = eqx.filter_eval_shape(fn, x0, args)
-        solver_state = self.solver.init(fn, x0, args, {}, f_struct, aux_struct, _TAGS)
+        fn, args = self._problem(condition, x0, theta)
+        y0, options = self._working(x0), self.options
+        f_struct, aux_struct = eqx.filter_eval_shape(fn, y0, args)
+        solver_state = self.solver.init(fn, y0, args, options, f_struct, aux_struct, _TAGS)
+        if isinstance(self.solver, optx.NelderMead):
+            simplex = simplex_around(self.solver, y0)
+            solver_state = eqx.tree_at(lambda s: s.simplex, solver_state, simplex)
         dynamic, static = eqx.partition(solver_state, eqx.is_array)
-        done, result = self.solver.terminate(fn, x0, args, {}, solver_state, _TAGS)
+        done, result = self.solver.terminate(fn, y0, args, options, solver_state, _TAGS)
         carry = (x0, dynamic, jnp.asarray(done), result)
         return (*jax.tree_util.tree_map(jnp.asarray, carry), Opaque(static))
 
@@ -116,10 +141,14 @@ class Optimistix(AbstractSteppingSolver):
         self, condition: AbstractCondition, theta: PyTree, carry: PyTree[Array]
     ) -> PyTree[Array]:
         x, dynamic, _, _, static = carry
-        fn, args = _function_for(self.solver, condition), (condition, theta)
+        fn, args = self._problem(condition, x, theta)
         state = eqx.combine(dynamic, static.value)
-        new_x, new_state, _ = self.solver.step(fn, x, args, {}, state, _TAGS)
-        done, result = self.solver.terminate(fn, x, args, {}, new_state, _TAGS)
+        y, options = self._working(x), self.options
+        new_y, new_state, _ = self.solver.step(fn, y, args, options, state, _TAGS)
+        if isinstance(self.solver, optx.NelderMead):
+            new_y, new_state = ranked(new_state)
+        done, result = self.solver.terminate(fn, y, args, options, new_state, _TAGS)
+        new_x = tree_astype(new_y, tree_dtype(x))
         if not isinstance(self.solver, AbstractMeasuredMinimiser):  # these look themselves
             result = optx.RESULTS.where(tree_all_finite(new_x), result, optx.RESULTS.nonfinite)
         new_dynamic, _ = eqx.partition(new_state, eqx.is_array)
@@ -139,11 +168,14 @@ class Optimistix(AbstractSteppingSolver):
         carry, count = run(self, condition, theta, self.start(condition, x0, theta, state))
         result = carry[3]
         x, stats = self._postprocess(condition, theta, carry)
-        if not isinstance(self.solver, AbstractMeasuredMinimiser):
+        is_own = isinstance(self.solver, AbstractMeasuredMinimiser)
+        if not is_own or objective(condition) is None:
             counts = Counts(gradients=count)
+            if is_own:
+                counts = Counts(stats["num_gradients"], stats["num_hessian_products"])
             rtol = self.solver.rtol if self.rtol is None else self.rtol
-            atol = self.solver.atol if self.atol is None else self.atol
-            return measure(condition, x, x0, theta, rtol, atol, count, counts), None
+            solution = measure(condition, x, x0, theta, rtol, self._atol(x), count, counts)
+            return solution, self._memory(carry)
         outcome = _outcome(result, stats)
         outcome = flag_kink(condition, x, x0, theta, stats["scale"], outcome)
         solution = InnerSolution(
@@ -156,6 +188,26 @@ class Optimistix(AbstractSteppingSolver):
         )
         return solution, self._memory(carry)
 
+    def _atol(self, x: PyTree) -> float | Scalar:
+        """What the residual may be in the two-norm, `solver.atol` being in the solver's own."""
+        if self.atol is not None:
+            return self.atol
+        # All norms of one number are the same; those of `NewtonCG` and `LBFGS` are the two-norm.
+        if tree_size(x) <= 1 or isinstance(self.solver, AbstractMeasuredMinimiser):
+            return self.solver.atol
+        ones = jax.tree_util.tree_map(jnp.ones_like, x)
+        return self.solver.atol * tree_norm(ones) / self.solver.norm(ones)
+
+    def _problem(self, condition: AbstractCondition, x: PyTree, theta: PyTree) -> tuple:
+        """What Optimistix solves, and its arguments."""
+        return _function_for(self.solver, condition), (condition, theta, tree_dtype(x))
+
+    def _working(self, x: PyTree) -> PyTree:
+        """`x` in JAX's default precision, in which all of Optimistix' solvers are at home."""
+        if isinstance(self.solver, AbstractMeasuredMinimiser):
+            return x
+        return tree_astype(x, jnp.zeros(()).dtype)
+
     def _memory(self, carry: PyTree[Array]) -> PyTree:
         """What a preconditioner of the adjoint system can use: the pairs of `LBFGS`."""
         return carry[1].history if isinstance(self.solver, LBFGS) else None
@@ -164,10 +216,12 @@ class Optimistix(AbstractSteppingSolver):
         self, condition: AbstractCondition, theta: PyTree, carry: PyTree[Array]
     ) -> tuple[PyTree, dict[str, Any]]:
         x, dynamic, _, result, static = carry
-        fn, args = _function_for(self.solver, condition), (condition, theta)
+        fn, args = self._problem(condition, x, theta)
         state = eqx.combine(dynamic, static.value)
-        x, _, stats = self.solver.postprocess(fn, x, None, args, {}, state, _TAGS, result)
-        return x, stats
+        y, _, stats = self.solver.postprocess(
+            fn, self._working(x), None, args, self.options, state, _TAGS, result
+        )
+        return tree_astype(y, tree_dtype(x)), stats
 
 
 _TAGS: frozenset[object] = frozenset()
@@ -188,7 +242,7 @@ def _outcome(result: Any, stats: dict[str, Any]) -> RESULTS:
 
     A line search that gives up has stalled only if nothing but rounding errors is left.
     """
-    residual, eps = stats["residual"], jnp.finfo(stats["residual"].dtype).eps
+    residual, eps = stats["residual"], float(jnp.finfo(stats["residual"].dtype).eps)
     is_floor = (result == optx.RESULTS.stagnation) & (
         residual <= _GIVEN_UP * ROUNDING * eps * stats["scale"]
     )
@@ -203,28 +257,31 @@ def check_positive(value: int, name: str) -> None:
         raise ValueError(f"`{name}` must be an integer of at least 1; got {value!r}.")
 
 
-# Functions of (x, (condition, theta)), as Optimistix wants them: global, so that no array
-# hides in a closure and a new condition of the same shape compiles nothing.
+# Functions of (y, (condition, theta, dtype)), as Optimistix wants them: global, so that no
+# array hides in a closure and a new condition of the same shape compiles nothing. `y` may be
+# of another precision than x, whose `dtype` is the one the user's functions see.
 
 
-def _objective(x: PyTree, args: tuple) -> tuple[Array, None]:
-    condition, theta = args
-    return objective(condition)(x, theta), None  # type: ignore[misc]
+def _objective(y: PyTree, args: tuple) -> tuple[Array, None]:
+    condition, theta, dtype = args
+    value = objective(condition)(tree_astype(y, dtype), theta)  # type: ignore[misc]
+    return value.astype(tree_dtype(y)), None
 
 
-def _squared_residual(x: PyTree, args: tuple) -> tuple[Array, None]:
-    residual, _ = _residual(x, args)
+def _squared_residual(y: PyTree, args: tuple) -> tuple[Array, None]:
+    residual, _ = _residual(y, args)
     return 0.5 * tree_dot(residual, residual), None
 
 
-def _residual(x: PyTree, args: tuple) -> tuple[PyTree, None]:
-    condition, theta = args
-    return condition.residual(x, theta), None
+def _residual(y: PyTree, args: tuple) -> tuple[PyTree, None]:
+    condition, theta, dtype = args
+    residual = condition.residual(tree_astype(y, dtype), theta)
+    return tree_astype(residual, tree_dtype(y)), None
 
 
-def _user_function(x: PyTree, args: tuple) -> tuple[PyTree, None]:
-    condition, theta = args
-    return condition(x, theta), None
+def _user_function(y: PyTree, args: tuple) -> tuple[PyTree, None]:
+    condition, theta, dtype = args
+    return tree_astype(condition(tree_astype(y, dtype), theta), tree_dtype(y)), None
 
 
 def _function_for(

@@ -108,7 +108,7 @@ def root_mean_square(a: PyTree[Array], scale: PyTree[Array]) -> Scalar:
 def _ratio(a: Array, scale: Array) -> Array:
     # Where there is nothing to compare with, all of it is error.
     scale = jnp.abs(scale)
-    largest = jnp.asarray(1 / jnp.finfo(scale.dtype).eps, scale.dtype)
+    largest = jnp.asarray(1 / float(jnp.finfo(scale.dtype).eps), scale.dtype)
     is_known = scale > 0
     ratio = jnp.where(is_known, jnp.abs(a) / jnp.where(is_known, scale, 1), largest)
     return jnp.where(a == 0, 0, jnp.where(ratio > largest, largest, ratio))

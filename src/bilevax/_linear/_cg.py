@@ -110,7 +110,7 @@ class CG(AbstractIterativeLinearSolver):
         """What the norm of the residual must reach, and the most steps."""
         if self.num_steps is not None:
             # Beyond this the steps are rounding errors, and would amplify them.
-            return jnp.finfo(norm_b.dtype).eps * norm_b, self.num_steps
+            return float(jnp.finfo(norm_b.dtype).eps) * norm_b, self.num_steps
         tolerance = target_norm(self.rtol, self.atol, b, norm_b, scale)
         return tolerance, step_limit(self.max_steps, b)
 
@@ -194,7 +194,7 @@ def _step(s: _State, system: _System) -> _State:
     refresh, measures = s.refresh, system.measures
     q = system.matvec(tree_where(refresh, s.v, s.p) if measures else s.p)
     pq = tree_dot(s.p, q)
-    eps = jnp.finfo(pq.dtype).eps
+    eps = float(jnp.finfo(pq.dtype).eps)
     # False also where pq is not a number.
     is_good = refresh | (pq > eps * s.max_curvature * s.pp)
     is_step = is_good & ~refresh
@@ -268,7 +268,7 @@ def _bad_curvature(s: _State, pq: Scalar, qq: Scalar) -> RESULTS:
     A semidefinite `A` has `q'q <= ||A|| p'q`: where `p'q` is zero up to rounding and `q`
     is not, `A` is indefinite; where both are, `p` is in the null space.
     """
-    eps = _ROUNDING * jnp.finfo(pq.dtype).eps
+    eps = _ROUNDING * float(jnp.finfo(pq.dtype).eps)
     norm = jnp.maximum(s.max_curvature, jnp.sqrt(jnp.maximum(qq, 0) / s.pp))
     is_negative = (pq < -eps * norm * s.pp) | (qq > eps * norm**2 * s.pp)
     # After a restart the recurrence for p'p is only roughly right.

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from .._results import RESULTS
 from .._tree import (
+    factorise,
     tree_all_finite,
     tree_axpy,
     tree_dot,
@@ -109,7 +110,7 @@ class Chebyshev(AbstractIterativeLinearSolver):
         else:
             mu, m = (jnp.asarray(x, norm_b.dtype) for x in self.bounds)
             lowest = mu
-        is_negative = lowest < -100 * jnp.finfo(norm_b.dtype).eps * m
+        is_negative = lowest < -100 * float(jnp.finfo(norm_b.dtype).eps) * m
         polynomial = _Polynomial((m + mu) / 2, (m - mu) / 2)
 
         def step(_: Array, s: _State) -> _State:
@@ -220,7 +221,7 @@ def _outcome(
         is_good, lambda: (jnp.ones_like(norm), jnp.ones_like(norm)), curvature
     )
     result = RESULTS.where(
-        size <= jnp.sqrt(jnp.finfo(norm.dtype).eps) * m,
+        size <= float(jnp.finfo(norm.dtype).eps) ** 0.5 * m,
         RESULTS.singular,
         RESULTS.adjoint_not_converged,
     )
@@ -255,7 +256,7 @@ def _estimate_bounds(
         alpha = jnp.where(tree_dot(y, z) > 0, alpha, matrix[0, 0])
         new_y, new_z, new_beta = _normalised(q, precondition)
         norm = jnp.maximum(norm, jnp.abs(alpha) + beta + new_beta)
-        is_new = ~(new_beta <= 100 * jnp.finfo(norm.dtype).eps * norm)  # NaN goes on
+        is_new = ~(new_beta <= 100 * float(jnp.finfo(norm.dtype).eps) * norm)  # NaN goes on
         new_beta = jnp.where(is_new, new_beta, 0)
         new_y, new_z = jtu.tree_map(lambda x: jnp.where(is_new, x, 0), (new_y, new_z))
         matrix = matrix.at[k, k].set(alpha)
@@ -266,7 +267,7 @@ def _estimate_bounds(
     matrix, _, beta, *_ = jax.lax.fori_loop(0, num_steps, step, start)
     finite = jnp.all(jnp.isfinite(matrix))
     square: Float[Array, "k k"] = jnp.where(finite, matrix, 0)[:-1, :-1]
-    values, vectors = jnp.linalg.eigh(square, symmetrize_input=False)
+    values, vectors = factorise(jnp.linalg.eigh, square)
     nan = jnp.where(finite, 0, jnp.nan)
     m = 1.05 * values[-1] + beta * jnp.abs(vectors[-1, -1]) + nan
     return values[0], 0.5 * values[0], m

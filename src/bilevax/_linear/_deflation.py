@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._results import RESULTS
-from .._tree import map_rows, tree_norm, tree_sub
+from .._tree import factorise, map_rows, tree_norm, tree_sub
 from ._base import LinearSolution
 from ._subspace import combine, gram, rows_dot, symmetric
 
@@ -68,8 +68,8 @@ def deflate(
     AW = jax.lax.cond(is_filled, lambda: map_rows(matvec, W), lambda: W)
     energy = symmetric(gram(W, AW))
     energy = jnp.where(jnp.all(jnp.isfinite(energy)), energy, 0)
-    values, vectors = jnp.linalg.eigh(energy)
-    rank, eps = values.size, jnp.finfo(values.dtype).eps
+    values, vectors = factorise(jnp.linalg.eigh, energy)
+    rank, eps = values.size, float(jnp.finfo(values.dtype).eps)
     floor = _ROUNDING * rank * eps * jnp.max(jax.vmap(tree_norm)(AW))
     is_indefinite = values[0] < -floor
     # With an indefinite A nothing is deflated: CG judges it by itself.

@@ -14,9 +14,11 @@ from .._tree import (
     default_rtol,
     dense_columns,
     flat_to_tree,
+    tree_dtype,
     tree_scale,
     tree_size,
     tree_to_flat,
+    working_dtype,
 )
 from ._base import AbstractIterativeLinearSolver, LinearSolution
 from ._common import scaled_start
@@ -88,16 +90,18 @@ class Direct(AbstractIterativeLinearSolver):
         scale, b, *_ = scaled_start(matvec, b, None)
         if size == 0:
             return _solution(b, jnp.zeros(()), jnp.zeros(()), 0, RESULTS.successful)
-        flat, columns = tree_to_flat(b), dense_columns(matvec, b)
+        dtype, work = tree_dtype(b), working_dtype(b)
+        flat, columns = tree_to_flat(b).astype(work), dense_columns(matvec, b).astype(work)
         is_finite = jnp.all(jnp.isfinite(columns)) & jnp.all(jnp.isfinite(flat))
         columns = jnp.where(is_finite, columns, 0)
         flat = jnp.where(is_finite, flat, 0)
-        spectrum = (_eigenvalues if self.is_symmetric else _singular_values)(columns)
+        spectrum = (_eigenvalues if self.is_symmetric else _singular_values)(columns, dtype)
         if self.minimum_norm:
             spectrum = spectrum.with_projections()
 
         first = spectrum.solve(flat)
-        residual = flat - tree_to_flat(matvec(flat_to_tree(first, b)))
+        product = tree_to_flat(matvec(flat_to_tree(first.astype(dtype), b)))
+        residual = flat - product.astype(work)
         change = spectrum.solve(residual)
         # False also where the product is not a number.
         is_better = jnp.sum(change**2) <= 0.25 * jnp.sum(first**2)
@@ -117,7 +121,8 @@ class Direct(AbstractIterativeLinearSolver):
         if not self.indefinite:
             result = RESULTS.where(spectrum.is_negative, RESULTS.negative_curvature, result)
         result = RESULTS.where(is_finite, result, RESULTS.nonfinite)
-        value = tree_scale(scale, flat_to_tree(value, b))
+        value = tree_scale(scale, flat_to_tree(value.astype(dtype), b))
+        relative, tolerance = relative.astype(dtype), tolerance.astype(dtype)
         return _solution(value, relative, tolerance, size + 1, result)
 
     def compute(self, state: Any, vector: PyTree[Array], options: dict[str, Any]) -> Any:
@@ -181,7 +186,7 @@ def _projection(vectors: Float[Array, "d d"], is_chosen: Bool[Array, " d"]) -> F
     return half.T @ half
 
 
-def _eigenvalues(columns: Float[Array, "d d"]) -> _Spectrum:
+def _eigenvalues(columns: Float[Array, "d d"], dtype: Any) -> _Spectrum:
     diagonal = jnp.sqrt(jnp.abs(jnp.diagonal(columns)))
     unit = 1 / jnp.where(diagonal > 0, diagonal, 1)
     columns = columns * jnp.outer(unit, unit)
@@ -190,19 +195,19 @@ def _eigenvalues(columns: Float[Array, "d d"]) -> _Spectrum:
     largest = jnp.max(jnp.abs(values))
     # The Frobenius norm of what symmetrising removed: as much may be wrong in what remains.
     asymmetry = jnp.sqrt(jnp.sum((columns - symmetric) ** 2))
-    relative = _relative(columns) + asymmetry / jnp.where(largest > 0, largest, 1)
+    relative = _relative(columns, dtype) + asymmetry / jnp.where(largest > 0, largest, 1)
     threshold = relative * largest
     is_negative = jnp.min(values) < -threshold
     return _Spectrum(vectors, values, vectors, unit, unit, relative, threshold, is_negative)
 
 
-def _singular_values(columns: Float[Array, "d d"]) -> _Spectrum:
+def _singular_values(columns: Float[Array, "d d"], dtype: Any) -> _Spectrum:
     # `columns` is the transpose: its columns are the rows of A.
     of_columns = _inverse(jnp.max(jnp.abs(columns), axis=1))
     scaled = of_columns[:, None] * columns
     of_rows = _inverse(jnp.max(jnp.abs(scaled), axis=0))
     right, values, left = jnp.linalg.svd(scaled * of_rows[None, :])
-    relative = _relative(columns)
+    relative = _relative(columns, dtype)
     threshold = relative * jnp.max(values)
     no = jnp.zeros((), bool)
     return _Spectrum(left.T, values, right, of_rows, of_columns, relative, threshold, no)
@@ -216,9 +221,12 @@ def _norm(a: Float[Array, " d"]) -> Scalar:
     return jnp.sqrt(jnp.sum(a**2))
 
 
-def _relative(columns: Float[Array, "d d"]) -> Scalar:
-    eps = jnp.finfo(columns.dtype).eps
-    return jnp.asarray(_ROUNDING * max(columns.shape[0], _FEW) * eps, columns.dtype)
+def _relative(columns: Float[Array, "d d"], dtype: Any) -> Scalar:
+    """The rounding errors of products in `dtype`, and of their factorisation."""
+    relative = _ROUNDING * max(columns.shape[0], _FEW) * float(jnp.finfo(columns.dtype).eps)
+    if columns.dtype != dtype:
+        relative += float(jnp.finfo(dtype).eps)
+    return jnp.asarray(relative, columns.dtype)
 
 
 def _solution(

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from .._results import RESULTS
 from .._tree import (
+    factorise,
     tree_all_finite,
     tree_axpy,
     tree_norm,
@@ -89,7 +90,7 @@ class GMRES(AbstractIterativeLinearSolver):
             )
             r = tree_sub(s.r, r_change)
             norm = tree_norm(r)
-            is_floor = norm < jnp.sqrt(jnp.finfo(norm.dtype).eps) * norm_b
+            is_floor = norm < float(jnp.finfo(norm.dtype).eps) ** 0.5 * norm_b
             halt = RESULTS.where(is_floor, RESULTS.stalled, RESULTS.adjoint_not_converged)
             # In exact arithmetic a cycle cannot increase the residual.
             result = RESULTS.where(norm > 0.999 * s.norm, halt, RESULTS.successful)
@@ -145,7 +146,7 @@ def _cycle(
     `Q (norm e_0 - H y)`, smallest where it is parallel to the null vector `n` of `H'`.
     With `n_0 = 1` its norm is therefore `norm / ||n||`, known without solving for `y`.
     """
-    eps = jnp.finfo(norm.dtype).eps
+    eps = float(jnp.finfo(norm.dtype).eps)
 
     def step(s: _Arnoldi) -> _Arnoldi:
         k = s.num_steps
@@ -177,7 +178,7 @@ def _cycle(
     end = jax.lax.while_loop(lambda s: (s.norm > target) & (s.num_steps < length), step, start)
     # The rows that were not reached are zero, and so are their coefficients.
     right = jnp.zeros(length + 1, norm.dtype).at[0].set(norm)
-    y = jnp.linalg.lstsq(end.hessenberg.T, right)[0]
+    y = factorise(lambda a, b: jnp.linalg.lstsq(a, b)[0], end.hessenberg.T, right)
     basis = jtu.tree_map(lambda x: x[:-1], end.basis)
     return _combine(y, basis), _combine(y @ end.hessenberg, end.basis), end.num_steps
 

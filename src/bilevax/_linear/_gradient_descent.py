@@ -154,7 +154,7 @@ def _next(s: _State, v: PyTree[Array], r: PyTree[Array], patience: int) -> _Stat
     # is too large it turns round. Neither growing nor shrinking, it is the part of b in
     # the null space or, if it is that small, the rounding errors.
     growth = RESULTS.where(overlap > 0, RESULTS.negative_curvature, RESULTS.diverged)
-    is_floor = norm < jnp.sqrt(jnp.finfo(norm.dtype).eps) * s.first_norm
+    is_floor = norm < float(jnp.finfo(norm.dtype).eps) ** 0.5 * s.first_norm
     floor = RESULTS.where(is_floor, RESULTS.stalled, RESULTS.singular)
     late = RESULTS.where(norm > 2 * s.best_norm, growth, floor)
     result = RESULTS.where(num_steps - best_step >= patience, late, RESULTS.successful)

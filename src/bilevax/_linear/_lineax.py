@@ -6,7 +6,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Int, PyTree, Scalar
 
@@ -17,6 +16,7 @@ from .._tree import (
     flat_to_tree,
     has_fourier_transform,
     tree_all_finite,
+    tree_astype,
     tree_dtype,
     tree_norm,
     tree_size,
@@ -24,6 +24,7 @@ from .._tree import (
     tree_to_flat,
     tree_where,
     tree_zeros_like,
+    working_dtype,
 )
 from ._base import LinearSolution, verify
 
@@ -85,10 +86,13 @@ def _call(
     dtype = tree_dtype(b)
     if not _is_iterative(solver) and has_fourier_transform(matvec, b):
         matvec = _by_matrix(matvec, b)  # Lineax would form it from a batch of products
-    if isinstance(solver, lx.LSMR) and jnp.zeros(()).dtype != dtype:
+    work = jnp.zeros(()).dtype if isinstance(solver, lx.LSMR) else working_dtype(b)
+    if work != dtype:
         # LSMR of Lineax 0.1.1 raises in float32 where float64 is enabled: lax.select with
-        # a Python float. Its vectors are then float64, the products stay as they are.
-        matvec, b = _cast(matvec, dtype), _astype(b, jnp.zeros(()).dtype)
+        # a Python float; the others in half precision. Their vectors are then of another
+        # dtype, the products stay as they are.
+        matvec, b, v0 = _cast(matvec, dtype, work), *tree_astype((b, v0), work)
+        preconditioner = preconditioner and _cast(preconditioner, dtype, work)
     structure = jax.eval_shape(lambda: b)
     tags = [lx.symmetric_tag] if is_symmetric else []
     # Not told to the others: AutoLinearSolver would choose Cholesky, which fails where x is
@@ -107,7 +111,7 @@ def _call(
     # Under strict promotion LSMR and the preconditioners of Lineax 0.1.1 raise.
     with jax.numpy_dtype_promotion("standard"):
         found = lx.linear_solve(operator, b, solver, options=options, throw=False)
-    return eqx.tree_at(lambda s: s.value, found, _astype(found.value, dtype))
+    return eqx.tree_at(lambda s: s.value, found, tree_astype(found.value, dtype))
 
 
 def _by_matrix(matvec: Callable, b: PyTree[Array]) -> Callable:
@@ -115,12 +119,8 @@ def _by_matrix(matvec: Callable, b: PyTree[Array]) -> Callable:
     return lambda v: flat_to_tree(tree_to_flat(v) @ columns, b)
 
 
-def _cast(matvec: Callable, dtype: Any) -> Callable:
-    return lambda v: _astype(matvec(_astype(v, dtype)), jnp.zeros(()).dtype)
-
-
-def _astype(a: PyTree[Array], dtype: Any) -> PyTree[Array]:
-    return jtu.tree_map(lambda x: x.astype(dtype), a)
+def _cast(matvec: Callable, dtype: Any, work: Any) -> Callable:
+    return lambda v: tree_astype(matvec(tree_astype(v, dtype)), work)
 
 
 def _allow(solution: LinearSolution, is_orthogonal: Array) -> LinearSolution:

@@ -93,7 +93,7 @@ class MINRES(AbstractIterativeLinearSolver):
             v0, preconditioner = None, None
         scale, b, v, r, num_products = scaled_start(matvec, b, v0)
         norm_b = tree_norm(b)
-        eps = jnp.finfo(norm_b.dtype).eps
+        eps = float(jnp.finfo(norm_b.dtype).eps)
         if self.num_steps is None:
             target = target_norm(self.rtol, self.atol, b, norm_b, scale)
             limit = step_limit(self.max_steps, b)
@@ -220,7 +220,7 @@ def _measure(system: System, b: PyTree[Array], v: PyTree[Array]) -> tuple[PyTree
 
 def _is_null(system: System, run: Pass, r: PyTree[Array], size_Ar: Scalar) -> Bool[Array, ""]:
     """Whether `A r` is zero: to the digits of `r`, or in the recurrences and to those of `A v`."""
-    size, eps = system.norm(r), jnp.finfo(run.norm.dtype).eps
+    size, eps = system.norm(r), float(jnp.finfo(run.norm.dtype).eps)
     if system.preconditioner is None:
         rounding = 20 * eps * run.norm**2 * tree_norm(run.v)
     else:

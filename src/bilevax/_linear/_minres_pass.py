@@ -112,11 +112,11 @@ def run_pass(
 
 
 def _floor(norm: Scalar) -> Scalar:
-    return _ROUNDING * jnp.finfo(norm.dtype).eps * norm
+    return _ROUNDING * float(jnp.finfo(norm.dtype).eps) * norm
 
 
 def _step(s: _State, system: System) -> _State:
-    eps = jnp.finfo(s.norm.dtype).eps
+    eps = float(jnp.finfo(s.norm.dtype).eps)
     # 1. Lanczos
     q = system.matvec(s.z)
     delta = tree_dot(s.z, q)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from .._tree import tree_norm
+from .._tree import factorise, tree_norm
 
 
 def rows_dot(rows: PyTree[Array], x: PyTree[Array]) -> Float[Array, " m"]:
@@ -60,14 +60,14 @@ def smallest_ritz(
     rounding unit are left out; where fewer than `rank` remain the rest is zero.
     """
     basis, products = normalised(basis, products)
-    values, vectors = jnp.linalg.eigh(symmetric(gram(basis, basis)))
-    is_kept = values > jnp.sqrt(jnp.finfo(values.dtype).eps) * values[-1]
+    values, vectors = factorise(jnp.linalg.eigh, symmetric(gram(basis, basis)))
+    is_kept = values > float(jnp.finfo(values.dtype).eps) ** 0.5 * values[-1]
     scale = jnp.where(is_kept, 1 / jnp.sqrt(jnp.where(is_kept, values, 1)), 0)
     whitened = vectors * scale[None, :]
     projected = symmetric(whitened.T @ gram(basis, products) @ whitened)
     # What was left out goes to the end.
     last = 2 * jnp.sqrt(jnp.sum(projected**2)) + 1
-    _, vectors = jnp.linalg.eigh(projected + jnp.diag(jnp.where(is_kept, 0, last)))
+    _, vectors = factorise(jnp.linalg.eigh, projected + jnp.diag(jnp.where(is_kept, 0, last)))
     weights = (whitened @ vectors[:, :rank]).T
     return normalised(combine(weights, basis), combine(weights, products))
 

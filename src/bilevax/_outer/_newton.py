@@ -10,6 +10,7 @@ from .._hypergradient._base import Estimate
 from .._linear._common import check_count
 from .._tree import (
     dense_columns,
+    factorise,
     flat_to_tree,
     tree_size,
     tree_to_flat,
@@ -120,7 +121,7 @@ def _newton_step(
     hessian: Float[Array, "p p"], gradient: Float[Array, " p"]
 ) -> tuple[Float[Array, " p"], Scalar]:
     """`-|H|^{-1} h` and `h'|H|^{-1} h / 2`; NaN where the Hessian is not finite."""
-    values, vectors = jnp.linalg.eigh((hessian + hessian.T) / 2)
+    values, vectors = factorise(jnp.linalg.eigh, (hessian + hessian.T) / 2)
     values = jnp.abs(values)
     # Below this an eigenvalue is the rounding error, or the inexactness, of the others.
     floor = jnp.sqrt(jnp.finfo(values.dtype).eps) * jnp.max(values)

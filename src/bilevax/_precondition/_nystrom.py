@@ -1,6 +1,7 @@
 """A randomised low-rank approximation of the Hessian as preconditioner."""
 
 from collections.abc import Callable
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 from .._linear._common import check_count
 from .._linear._subspace import combine, empty_rows, gram, normalised, rows_dot, symmetric
 from .._problem import AbstractCondition
-from .._tree import tree_all_finite, tree_axpy, tree_dtype, tree_size, tree_sub
+from .._tree import factorise, tree_all_finite, tree_axpy, tree_dtype, tree_size, tree_sub
 from ._base import AbstractPreconditioner, Apply, no_products
 from ._probes import products, signs, unit_vectors
 from ._refresh import Refresh, never_made
@@ -119,7 +120,7 @@ def _ratios(values: Float[Array, " rank"], damping: float | Scalar) -> Float[Arr
     smallest = jnp.min(jnp.where(is_used, values, jnp.inf)) + damping
     ratios = smallest / jnp.where(is_used, values + damping, smallest)
     # r - U'U r is zero up to rounding only: below this the sign of r'P^{-1}r is chance.
-    return jnp.where(is_used, jnp.maximum(ratios, 100 * jnp.finfo(values.dtype).eps), 1)
+    return jnp.where(is_used, jnp.maximum(ratios, 100 * float(jnp.finfo(values.dtype).eps)), 1)
 
 
 def _sketch(
@@ -129,17 +130,17 @@ def _sketch(
     is_exact = rank == tree_size(x)
     S = unit_vectors(x) if is_exact else normalised(signs(x, rank))[0]
     product = products(matvec, S)
-    eps = jnp.finfo(tree_dtype(x)).eps
+    eps = float(jnp.finfo(tree_dtype(x)).eps)
     # 1. A + nu I instead of A, so that rounding does not make it indefinite
     size = jnp.sqrt(jnp.trace(gram(product, product)))
     nu = jnp.sqrt(jnp.asarray(tree_size(x), size.dtype)) * eps * size
     Y = tree_axpy(nu, S, product)
     # 2. B = C^{-1} Y with C C' = S'Y: then A is about B'B, whose eigenvalues are those of B B'
-    factor = jnp.linalg.cholesky(symmetric(gram(S, Y)))
+    factor = factorise(jnp.linalg.cholesky, symmetric(gram(S, Y)))
     is_usable = jnp.all(jnp.isfinite(factor))
     inverse = _inverse(jnp.where(is_usable, factor, jnp.eye(rank, dtype=factor.dtype)))
     B = combine(inverse, Y)
-    values, vectors = jnp.linalg.eigh(symmetric(gram(B, B)))
+    values, vectors = factorise(jnp.linalg.eigh, symmetric(gram(B, B)))
     values, vectors = values[::-1], vectors[:, ::-1]
     # 3. vectors that are noise, because their eigenvalue is a rounding error, go
     is_kept = values > 10 * rank * eps * values[0]
@@ -154,9 +155,9 @@ def _sketch(
 def _orthonormal(rows: PyTree[Array], is_kept: Bool[Array, " m"]) -> PyTree[Array]:
     """Cholesky QR: the leading rows, which are the accurate ones, change least."""
     square = symmetric(gram(rows, rows)) + jnp.diag(jnp.where(is_kept, 0.0, 1.0))
-    return combine(_inverse(jnp.linalg.cholesky(square)), rows)
+    return combine(_inverse(factorise(jnp.linalg.cholesky, square)), rows)
 
 
 def _inverse(lower: Float[Array, "m m"]) -> Float[Array, "m m"]:
     eye = jnp.eye(lower.shape[0], dtype=lower.dtype)
-    return jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
+    return factorise(partial(jax.scipy.linalg.solve_triangular, lower=True), lower, eye)
