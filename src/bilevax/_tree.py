@@ -183,23 +183,27 @@ def strong(a: PyTree) -> PyTree:
     return jtu.tree_map(strip, a)
 
 
-def lean_jit(fn: Callable, *, donate_first: bool = False) -> Callable:
+def lean_jit(fn: Callable, *, donate_first: bool = False, lift: Callable | None = None) -> Callable:
     """`jax.jit` for pytrees with non-array leaves.
 
     Arrays are traced. Everything else is compiled in, with what its functions reach (see
     `reach`), and compared: a function by its code, a number by its value, another object by
     its own equality. Costs a fraction of the call overhead of `equinox.filter_jit`, which
     matters where a whole hypergradient takes a millisecond. With `donate_first` the arrays
-    of the first argument may be overwritten.
+    of the first argument may be overwritten. Where functions close over traced values,
+    `lift` returns the arguments with these as arrays.
     """
     programs: OrderedDict[Any, _Program] = OrderedDict()
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, is_lifted: bool = lift is None) -> Any:
         leaves, treedef = jtu.tree_flatten(args)
         is_array = [eqx.is_array(leaf) for leaf in leaves]
         static = [ARRAY if a else leaf for a, leaf in zip(is_array, leaves, strict=True)]
         arrays = [leaf for a, leaf in zip(is_array, leaves, strict=True) if a]
         reached = reach(treedef, tuple(static))
+        if reached.has_tracer and not is_lifted:
+            assert lift is not None
+            return call(*lift(*args), is_lifted=True)
         program = programs.get(reached.key)
         if program is None:
             program = _Program(fn, treedef, static, donate_first, reached.state)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, PyTree, Scalar
 from .._inner._base import AbstractInnerSolver, Counts
 from .._problem import AbstractCondition, Bilevel
 from .._results import RESULTS
+from ._derivative import refuse_derivative
 
 
 class Estimate(eqx.Module):
@@ -108,6 +109,24 @@ class AbstractHypergradient(optx.AbstractAdjoint):
         wants a warm start of `x` passes `state.x` as `x0`.
         """
 
+    def differentiable_estimate(
+        self,
+        problem: Bilevel,
+        inner_solver: AbstractInnerSolver,
+        x0: PyTree,
+        theta: PyTree,
+        state: HypergradientState,
+    ) -> tuple[Estimate, HypergradientState]:
+        """`estimate`, as `bx.hypergradient` calls it, which may itself be differentiated.
+
+        Law: the derivative of whatever is returned is right, or refused by name. Refused
+        unless a rule knows better: the steps of an iteration that has converged, or that
+        is taken for a constant, do not tell how its result moves.
+        """
+        reason = "what it holds constant moves, and the derivative would leave that out"
+        args = (self, problem, inner_solver, x0, theta, state)
+        return refuse_derivative(estimate_of, args, type(self).__name__, reason)
+
     @abc.abstractmethod
     def solution(
         self,
@@ -123,6 +142,11 @@ class AbstractHypergradient(optx.AbstractAdjoint):
     @abc.abstractmethod
     def differentiates_start(self) -> bool:
         """Whether a dependence of `x0` on theta reaches the hypergradient."""
+
+
+def estimate_of(rule: AbstractHypergradient, *args: Any) -> tuple[Estimate, HypergradientState]:
+    """`rule.estimate`, as a function of the rule too."""
+    return rule.estimate(*args)
 
 
 def no_evidence(value: Scalar, residual: Scalar) -> dict[str, Scalar]:

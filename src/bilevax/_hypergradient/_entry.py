@@ -1,6 +1,7 @@
 """`hypergradient`, `argmin` and `jacobian`: the rules as a user calls them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -25,7 +26,7 @@ from .._problem import (
     start_at,
 )
 from .._results import RESULTS, SolveError
-from .._tree import is_traced, lean_jit
+from .._tree import is_traced, lean_jit, stop_gradient
 from ._base import AbstractHypergradient, Estimate, HypergradientState
 from ._implicit import Implicit
 from ._minimum_norm import MinimumNorm
@@ -64,6 +65,11 @@ def hypergradient(
         at `estimate.result`.
 
     **Returns:** the pair `(Estimate, state)`.
+
+    **Derivatives:** with `bx.Implicit()` the value, the hypergradient, `x` and `v` may be
+    differentiated again, forward and in reverse, in theta, in the data and in what the two
+    functions close over: the derivative of `estimate.grad` is the Hessian. The rules that
+    differentiate the steps pass on what their loops can; the others refuse with a `TypeError`.
 
     **Cost:** an inner solve and what the rule costs; `estimate.stats` counts the products.
 
@@ -261,11 +267,28 @@ def _init(
     bound, start, theta_arrays = prepare(problem, x0, theta)
     solver = as_inner_solver(inner_solver, bound.inner, start_at(start, theta_arrays))
     warn_of_structure(bound, solver, rule.differentiates_start, start, theta_arrays)
-    state = rule.init(bound, solver, start, theta_arrays)
+    state = stop_gradient(rule.init(bound, solver, start, theta_arrays))
     return _in_user_structure(state, bound, theta_arrays)
 
 
-@lean_jit
+def _hoist(problem: Bilevel, x0: PyTree, theta: PyTree) -> Bilevel:
+    """`problem` with what its inner function closes over as leaves of the function."""
+    data = () if problem.inner_data is None else (problem.inner_data,)
+    x = start_at(x0, theta)
+    fn = eqx.filter_closure_convert(problem.inner.fn, x, theta, *data)
+    return eqx.tree_at(lambda p: p.inner.fn, problem, fn)
+
+
+def _lift(problem: Bilevel, *args: Any) -> tuple:
+    """The arguments of `_estimate`, with what both functions close over as arrays."""
+    _, _, x0, theta, _ = args
+    data = () if problem.outer_data is None else (problem.outer_data,)
+    outer = eqx.filter_closure_convert(problem.outer, start_at(x0, theta), theta, *data)
+    hoisted = _hoist(problem, x0, theta)
+    return eqx.tree_at(lambda p: p.outer, hoisted, outer), *args
+
+
+@partial(lean_jit, lift=_lift)
 def _estimate(
     problem: Bilevel,
     inner_solver: Any,
@@ -277,7 +300,7 @@ def _estimate(
     bound, start, theta_arrays = prepare(problem, x0, theta)
     solver = as_inner_solver(inner_solver, bound.inner, start_at(start, theta_arrays))
     _check_state(rule, state, rule.init(bound, solver, start, theta_arrays))
-    estimate, state = rule.estimate(bound, solver, start, theta_arrays, state)
+    estimate, state = rule.differentiable_estimate(bound, solver, start, theta_arrays, state)
     return (
         _in_user_structure(estimate, bound, theta_arrays),
         _in_user_structure(state, bound, theta_arrays),
@@ -322,14 +345,6 @@ def _solution(
 
 
 _jitted_solution = lean_jit(_solution)
-
-
-def _hoist(problem: Bilevel, x0: PyTree, theta: PyTree) -> Bilevel:
-    """`problem` with what its inner function closes over as leaves of the function."""
-    data = () if problem.inner_data is None else (problem.inner_data,)
-    x = start_at(x0, theta)
-    fn = eqx.filter_closure_convert(problem.inner.fn, x, theta, *data)
-    return eqx.tree_at(lambda p: p.inner.fn, problem, fn)
 
 
 def _no_outer(x: PyTree, theta: PyTree) -> jax.Array:

@@ -23,6 +23,7 @@ from .._tree import (
 )
 from ._agreement import convergence, judged
 from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, no_evidence
+from ._derivative import refuse_backward, unmoved
 from ._implicit import or_fail
 
 
@@ -122,6 +123,17 @@ class ForwardMode(AbstractHypergradient):
         )
         estimate = judged(estimate, problem, theta, at)
         return estimate, HypergradientState(x=x, v=None, inner=inner_state)
+
+    def differentiable_estimate(
+        self,
+        problem: Bilevel,
+        inner_solver: AbstractInnerSolver,
+        x0: PyTree,
+        theta: PyTree,
+        state: HypergradientState,
+    ) -> tuple[Estimate, HypergradientState]:
+        out = self.estimate(problem, inner_solver, x0, theta, unmoved(state, "ForwardMode"))
+        return refuse_backward(out, "ForwardMode", "its loops run forward only")
 
     def solution(
         self,

@@ -32,7 +32,15 @@ from .._tree import (
     tree_zeros_like,
 )
 from ._accuracy import estimate_to_accuracy, first_tolerances
-from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, no_evidence
+from ._base import (
+    AbstractHypergradient,
+    Estimate,
+    HypergradientState,
+    as_stats,
+    estimate_of,
+    no_evidence,
+)
+from ._derivative import with_derivative
 from ._evidence import damping_bias, dual_value, with_evidence
 from ._implicit_function import System, attach_derivative
 from ._linearise import Linearised, linearise, outer_at
@@ -231,6 +239,17 @@ class Implicit(AbstractHypergradient):
         new_state = HypergradientState(estimate.x, estimate.v, inner_state, *memory)
         return estimate, new_state
 
+    def differentiable_estimate(
+        self,
+        problem: Bilevel,
+        inner_solver: AbstractInnerSolver,
+        x0: PyTree,
+        theta: PyTree,
+        state: HypergradientState,
+    ) -> tuple[Estimate, HypergradientState]:
+        args = (self, problem, inner_solver, x0, theta, state)
+        return with_derivative(estimate_of, args, _derivative_of_estimate)
+
     def solution(
         self,
         condition: AbstractCondition,
@@ -269,6 +288,20 @@ class Implicit(AbstractHypergradient):
             (undamped, condition, x, theta, inner_state),
             condition.is_symmetric,
             failed,
+        )
+
+    def attach_adjoint(
+        self, problem: Bilevel, theta: PyTree, x: PyTree, v: PyTree, inner_state: PyTree
+    ) -> PyTree[Array]:
+        """The adjoint variable `v`, with its derivative in x, theta and the problem's arrays."""
+        undamped = dataclasses.replace(self, damping=0.0)
+        return attach_derivative(
+            _adjoint_residual,
+            (problem, x, theta, self.damping if self._is_damped else None),
+            v,
+            partial(_solve_at, throw=False),
+            (undamped, problem.inner, x, theta, inner_state),
+            problem.inner.is_symmetric,
         )
 
     def apply(
@@ -370,6 +403,59 @@ def _memory(solver: lx.AbstractLinearSolver, x: PyTree) -> PyTree:
 def is_gradient(rewrite_fn: Callable) -> bool:
     """Whether a residual of Optimistix is a gradient: of minimise and least_squares."""
     return rewrite_fn.__module__.endswith(("._minimise", "._least_squares"))
+
+
+def _derivative_of_estimate(
+    moving: tuple, still: tuple, dots: tuple, out: tuple[Estimate, HypergradientState]
+) -> tuple[Estimate, HypergradientState]:
+    """The tangent of an estimate: `x` and `v` move as the zeros of their equations do.
+
+    With `F` the residual, `grad` and `dual_value` are those of `L - v'F`, whose derivative
+    in x is the residual of the adjoint system.
+    """
+    estimate, state = out
+
+    def moved(moving: tuple) -> tuple:
+        rule, problem, _, _, theta, _ = eqx.combine(moving, still)
+        # The inner problem is not damped: its solution moves as it does, whatever v solves.
+        undamped = dataclasses.replace(rule, damping=0.0)
+        x = undamped.attach(problem.inner, theta, estimate.x, state.inner, throw=False)
+        v = rule.attach_adjoint(problem, theta, x, estimate.v, state.inner)
+        differentiate = jax.value_and_grad(_lagrangian, argnums=2, has_aux=True)
+        (dual_value, (value, aux)), grad = differentiate(problem, x, theta, v)
+        return value, grad, eqx.filter(aux, eqx.is_inexact_array), x, v, dual_value
+
+    _, tangents = jax.jvp(moved, (moving,), (dots,))
+    value, grad, aux, x, v, dual_value = tangents
+    nothing = jax.tree_util.tree_map(lambda _: None, out)
+    return eqx.tree_at(
+        lambda o: (
+            o[0].value,
+            o[0].grad,
+            o[0].aux,
+            o[0].x,
+            o[0].v,
+            o[0].dual_value,
+            o[1].x,
+            o[1].v,
+        ),
+        nothing,
+        (value, grad, aux, x, v, dual_value, x, v),
+        is_leaf=lambda leaf: leaf is None,
+    )
+
+
+def _lagrangian(
+    problem: Bilevel, x: PyTree, theta: PyTree, v: PyTree
+) -> tuple[Scalar, tuple[Scalar, PyTree]]:
+    value, aux = problem.outer_value(x, theta)
+    return dual_value(value, v, problem.inner.residual(x, theta)), (value, aux)
+
+
+def _adjoint_residual(v: PyTree, args: tuple) -> PyTree:
+    problem, x, theta, damping = args
+    residual = jax.grad(lambda x: -_lagrangian(problem, x, theta, v)[0])(x)
+    return residual if damping is None else tree_axpy(damping, v, residual)
 
 
 def _damped_residual(x: PyTree, args: tuple) -> PyTree:

@@ -28,7 +28,15 @@ from .._tree import (
     tree_sub,
 )
 from ._adjoint import DENSE_EVIDENCE, first_of_batch
-from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, no_evidence
+from ._base import (
+    AbstractHypergradient,
+    Estimate,
+    HypergradientState,
+    as_stats,
+    estimate_of,
+    no_evidence,
+)
+from ._derivative import refuse_derivative
 from ._evidence import dual_value
 from ._implicit import Implicit, is_gradient, or_fail
 from ._linearise import Linearised, Outer, linearise, outer_at
@@ -143,6 +151,21 @@ class MinimumNorm(AbstractHypergradient):
             **evidence,
         )
         return estimate, HypergradientState(x, state.v, inner_state)
+
+    def differentiable_estimate(
+        self,
+        problem: Bilevel,
+        inner_solver: AbstractInnerSolver,
+        x0: PyTree,
+        theta: PyTree,
+        state: HypergradientState,
+    ) -> tuple[Estimate, HypergradientState]:
+        reason = (
+            "the inner problem has many solutions, and how the response of smallest norm itself "
+            "moves depends on the path. Regularise the inner objective"
+        )
+        args = (self, problem, inner_solver, x0, theta, state)
+        return refuse_derivative(estimate_of, args, "MinimumNorm", reason)
 
     def solution(
         self,

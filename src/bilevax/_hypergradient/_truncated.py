@@ -146,6 +146,23 @@ class Truncated(AbstractThroughSteps):
 
         return primal_fn((*inputs, differentiate))
 
+    def differentiable_estimate(
+        self,
+        problem: Bilevel,
+        inner_solver: AbstractInnerSolver,
+        x0: PyTree,
+        theta: PyTree,
+        state: HypergradientState,
+    ) -> tuple[Estimate, HypergradientState]:
+        if self._takes_all(self._check_stepping(inner_solver)):
+            whole = Unrolled(checkpoints=self.checkpoints, max_growth=self.max_growth)
+            return whole.differentiable_estimate(problem, inner_solver, x0, theta, state)
+        return super().differentiable_estimate(problem, inner_solver, x0, theta, state)
+
+    def _takes_all(self, solver: AbstractSteppingSolver) -> bool:
+        num_last = self.num_steps
+        return isinstance(num_last, int) and solver.is_fixed_length and solver.max_steps <= num_last
+
     def unroll(
         self,
         condition: AbstractCondition,
@@ -156,7 +173,7 @@ class Truncated(AbstractThroughSteps):
         probe: Probe | None = None,
     ) -> Unrolling:
         num_last = self.num_steps
-        if isinstance(num_last, int) and solver.is_fixed_length and solver.max_steps <= num_last:
+        if self._takes_all(solver):
             whole = Unrolled(checkpoints=self.checkpoints)
             return whole.unroll(condition, solver, x0, theta, state, probe)
         if isinstance(solver, Optimistix):

@@ -10,7 +10,8 @@ from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver
 from .._inner._optimistix import check_positive
 from .._problem import AbstractCondition, Bilevel, start_at
 from .._tree import checkpointed_while_loop, stop_gradient
-from ._base import Estimate, HypergradientState
+from ._base import Estimate, HypergradientState, estimate_of
+from ._derivative import refuse_backward, refuse_derivative, unmoved
 from ._loops import differentiable_loops
 from ._probe import Probe, check_growth, tap
 from ._scan import Checkpoints, check_checkpoints, num_checkpoints
@@ -116,6 +117,36 @@ class Unrolled(AbstractThroughSteps):
             self.unroll, problem, inner_solver, x0, theta, state, self.max_growth
         )
         return estimate, state
+
+    def differentiable_estimate(
+        self,
+        problem: Bilevel,
+        inner_solver: AbstractInnerSolver,
+        x0: PyTree,
+        theta: PyTree,
+        state: HypergradientState,
+    ) -> tuple[Estimate, HypergradientState]:
+        stepping = self._check_stepping(inner_solver)
+        why_not = self._why_not_twice(stepping)
+        if why_not is not None:
+            args = (self, problem, inner_solver, x0, theta, state)
+            return refuse_derivative(estimate_of, args, "Unrolled", why_not)
+        out = self.estimate(problem, inner_solver, x0, theta, unmoved(state, "Unrolled"))
+        if self.checkpoints in ("sqrt", "all"):
+            return out
+        reason = 'that needs the checkpoints "sqrt" or "all"'
+        return refuse_backward(out, "Unrolled", reason)
+
+    def _why_not_twice(self, solver: AbstractSteppingSolver) -> str | None:
+        """What stands against a derivative of the estimate, if anything does."""
+        if self.checkpoints == "reversible":
+            return 'the integers of checkpoints="reversible" have none; keep other checkpoints'
+        if solver.is_fixed_length or self.num_steps is not None:
+            return None
+        return (
+            "a loop that stops by itself can be gone back through once only. Give the number of "
+            "steps, Unrolled(num_steps=...), or use bx.ForwardMode()"
+        )
 
     def unroll(
         self,
