@@ -128,3 +128,10 @@ def test_every_rule_is_right_or_refuses(name, mode):
     value, hessian = MODES[mode](both)(THETA)
     np.testing.assert_allclose(value, GRADIENT, rtol=1e-5)
     np.testing.assert_allclose(hessian, HESSIAN, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_several_objectives_refuse(mode):
+    problem = bx.Bilevel(inner, lambda x, theta: jnp.stack([outer(x, theta)]), inner_data=DATA)
+    with pytest.raises(TypeError, match=r"bx\.hypergradient of each"):
+        MODES[mode](lambda theta: bx.hypergradients(problem, X0, theta).grad)(THETA)

@@ -15,6 +15,7 @@ from .._results import RESULTS, first_failure
 from .._tree import lean_jit, map_rows, tree_all_finite, tree_sub
 from ._adjoint import first_of_batch
 from ._base import Estimate, as_stats, no_evidence
+from ._derivative import refuse_derivative
 from ._entry import check_types, raise_failure
 from ._evidence import dual_value
 from ._implicit import Implicit
@@ -78,7 +79,12 @@ def hypergradients(
 
 
 @lean_jit
-def _hypergradients(
+def _hypergradients(*args: Any) -> Estimate:
+    reason = "take bx.hypergradient of each objective where it is to be differentiated"
+    return refuse_derivative(_estimates, args, "bx.hypergradients", reason)
+
+
+def _estimates(
     problem: Bilevel, inner_solver: Any, rule: Implicit, x0: PyTree, theta: PyTree
 ) -> Estimate:
     bound, start, theta = bind(problem, x0, theta)
