@@ -8,6 +8,7 @@ import pytest
 
 import bilevax as bx
 from bilevax._inner._kinks import may_have_kinks
+from bilevax._inner._own_scale import compare
 
 SOLVERS = {
     "default": None,
@@ -204,3 +205,26 @@ def test_which_functions_have_kinks():
     ]
     assert not any(may_have_kinks(fn, x) for fn in smooth)
     assert all(may_have_kinks(fn, x) for fn in kinked)
+
+
+def test_terms_that_cancel_do_not_make_a_row_small():
+    """A chain in which the terms of one row cancel exactly, that row wherever it may be."""
+    size = 64
+    z = np.random.default_rng(0).uniform(0.5, 1.5, size)
+    scales = []
+    for leaves in (1, 64):  # one array; scalars
+        parts = [jnp.asarray(a) for a in np.split(z, leaves)]
+        parts = [a[0] for a in parts] if leaves == size else parts
+        for i in range(1, size - 1, 2):
+            row = np.zeros(size)
+            row[i - 1 : i + 2] = z[i] / z[i - 1], -2.0, z[i] / z[i + 1]
+
+            def product(v, row=row, i=i):
+                flat = np.concatenate([np.atleast_1d(a) for a in v])
+                return jnp.asarray(np.where(np.arange(size) == i, row @ flat, flat))
+
+            gradient = jnp.zeros(size).at[i].set(1e-6)
+            # over the root of the number of rows: of the terms of this row
+            scales.append(float(compare(gradient, product, parts).scale) / (8 * z[i]))
+    assert np.min(scales) > 1e-3
+    assert np.median(scales) > 0.5

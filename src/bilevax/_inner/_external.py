@@ -79,6 +79,10 @@ class External(AbstractInnerSolver):
     it may itself call JAX. Under somebody else's `jax.jit`, and in `bx.argmin`, it runs
     in a `jax.pure_callback`: there it must not call JAX, which can deadlock.
 
+    A box that stops where its objective no longer falls, whatever `tol` it is given (L-BFGS
+    in SciPy and scikit-learn), leaves a residual of 1e-7 to 1e-5 in float64. Take Newton's
+    method (`solver="newton-cholesky"`), or say that this is enough: `rtol=1e-5`.
+
     **Arguments:**
 
     - `fn`: the black box.

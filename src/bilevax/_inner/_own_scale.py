@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
-from .._linear._common import largest_entry, signs_like
+from .._linear._common import largest_entry, weights_like
 from .._tree import tree_dot, tree_dtype, tree_larger, tree_norm, tree_scale, tree_size
 
 
@@ -50,10 +50,10 @@ def compare(
     """Compare a gradient with the terms that cancel in it. A decision: not differentiated.
 
     One Hessian product, `H z`, whose entries are at most the sizes of the rows: what is
-    small in comparison with them is small. A second one, with a fixed pattern of signs, where
-    that is not so although `is_enough(||H z||)`, the tolerance in one norm of all entries,
-    is met: the terms of a row may cancel in `H z`, as they do where an entry of the linear
-    term happens to be zero. Without `is_enough` always both.
+    small in comparison with them is small. A second one, with fixed weights of both signs,
+    where that is not so although `is_enough(||H z||)`, the tolerance in one norm of all
+    entries, is met: the terms of a row may cancel in `H z`, as they do where an entry of the
+    linear term happens to be zero. Without `is_enough` always both.
     """
     if not jtu.tree_leaves(z):
         zero = jnp.zeros(())
@@ -64,18 +64,30 @@ def compare(
     def compared(rows: PyTree) -> Scalar:
         return norm_over_error(gradient, plain, root_mean_square(gradient, rows))
 
-    def with_signs() -> Scalar:
-        signed = product(jtu.tree_map(lambda a: a * signs_like(a), z))
+    def with_weights() -> Scalar:
+        weighted = product(_weighted(z))
         # The larger of both and not the root of their squares, which overflow in float32.
-        return compared(tree_larger(rows, jax.lax.stop_gradient(signed)))
+        return compared(tree_larger(rows, jax.lax.stop_gradient(weighted)))
 
     if is_enough is None:
-        return Compared(with_signs(), plain, jnp.asarray(2, jnp.int32))
+        return Compared(with_weights(), plain, jnp.asarray(2, jnp.int32))
     is_open = is_enough(plain) & ~is_enough(compared(rows))
-    scale = jax.lax.cond(is_open, with_signs, lambda: plain)
+    scale = jax.lax.cond(is_open, with_weights, lambda: plain)
     # One number that does not depend on how the rest of a gradient happens to be distributed.
     scale = jnp.where(is_enough(scale), plain, scale)
     return Compared(scale, plain, 1 + is_open.astype(jnp.int32))
+
+
+def _weighted(z: PyTree[Array]) -> PyTree[Array]:
+    """`z` with weights of both signs.
+
+    Signs alone are not enough: in a row of three entries, of a chain, every fourth pattern
+    has equal signs, and what cancels in `H z` cancels again.
+    """
+    leaves, structure = jtu.tree_flatten(z)
+    firsts = [sum(leaf.size for leaf in leaves[:k]) for k in range(len(leaves))]
+    weighted = [a * weights_like(a, first) for a, first in zip(leaves, firsts, strict=True)]
+    return jtu.tree_unflatten(structure, weighted)
 
 
 def norm(a: PyTree[Array]) -> Scalar:

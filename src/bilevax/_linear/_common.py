@@ -107,12 +107,27 @@ def largest_eigenvalue(matvec: Callable[[PyTree], PyTree], b: PyTree[Array]) -> 
 
 
 def signs_like(x: Array) -> Array:
-    """A fixed pattern of signs without visible order: bits of a multiplicative hash."""
-    i = jnp.arange(x.size, dtype=jnp.uint32)
-    i = i * jnp.uint32(2654435761)
-    i = (i ^ (i >> 15)) * jnp.uint32(2246822519)
-    signs = 1 - 2 * (i >> 31).astype(jnp.int32)
+    """A fixed pattern of signs without visible order."""
+    signs = 1 - 2 * (_hashes(x.size) >> 31).astype(jnp.int32)
     return signs.astype(x.dtype).reshape(x.shape)
+
+
+def weights_like(x: Array, first: int) -> Array:
+    """Fixed numbers without visible order, of both signs and magnitudes from a half to one.
+
+    `first` is the place of the first entry in the sequence, which differs between leaves.
+    """
+    hashes = _hashes(x.size, first)
+    signs = 1 - 2 * (hashes >> 31).astype(jnp.float32)
+    magnitudes = 0.5 + ((hashes >> 15) & 0x7FFF).astype(jnp.float32) / 0xFFFF
+    return (signs * magnitudes).astype(x.dtype).reshape(x.shape)
+
+
+def _hashes(size: int, first: int = 0) -> Array:
+    """Multiplicative hashes of the numbers from `first` on."""
+    i = jnp.arange(first, first + size, dtype=jnp.uint32)
+    i = i * jnp.uint32(2654435761)
+    return (i ^ (i >> 15)) * jnp.uint32(2246822519)
 
 
 def find_step_size(
