@@ -16,7 +16,9 @@ class RESULTS(eqx.Enumeration):
         "The inner solve did not converge: x is not a solution of the inner problem, so "
         "an implicit hypergradient taken there belongs to no problem. Give the inner "
         "solver more steps, loosen its tolerance, start nearer to the solution, or, if it "
-        "is stopped early on purpose, use Unrolled() or Implicit(inexact=True)."
+        "is stopped early on purpose, use Unrolled() or Implicit(inexact=True). A black box "
+        "that stops on its objective leaves more than it says: take a more exact one, or say "
+        "what is enough, bx.External(fn, rtol=1e-5)."
     )
     adjoint_not_converged = (
         "The adjoint system was not solved to its tolerance. Raise max_steps of the "
@@ -56,6 +58,13 @@ class RESULTS(eqx.Enumeration):
         "dtype are larger than what was asked for. Use float64 "
         "(jax.config.update('jax_enable_x64', True)), loosen rtol, or improve the "
         "scaling of the problem."
+    )
+    not_improved = (
+        "The run ended above its start: no outer step that can be compared with theta0 improved "
+        "on it. theta0 is returned again or, where x was not solved for (a warm-started rule "
+        "through few steps, inexact=True), so that the values do not judge theta alone, the last "
+        "theta. Take smaller steps, optax.adam(1e-2) say, or bx.OuterLBFGS(), which takes back a "
+        "step that does not help; bx.check(...) compares the hypergradient with differences."
     )
     inaccurate = (
         "The hypergradient is less accurate than asked for: its error estimate exceeds rtol. "

@@ -16,11 +16,12 @@ from jaxtyping import PyTree
 from ._diagnose._recommend import recommend
 from ._diagnose._recommendation import describe
 from ._hypergradient._base import AbstractHypergradient
-from ._hypergradient._entry import check_types
+from ._hypergradient._entry import check_types, explained, is_unexplained
 from ._hypergradient._implicit import Implicit
 from ._inner._external import External
 from ._inner._optimistix import check_positive
 from ._outer._base import AbstractMethod
+from ._outer._best import choose
 from ._outer._chunk import MAX_CHUNK, REASONS, columns, init_method, run_chunk
 from ._outer._double_loop import DoubleLoop
 from ._problem import Bilevel, as_arrays, bind, restore, start_as_arrays, start_at
@@ -79,8 +80,11 @@ def solve(
 
     **Returns:** a `Solution`; `print(solution)` and `solution.plot()` show it.
 
-    **Cost:** `num_steps + 1` evaluations: the last one belongs to the theta that is
-    returned. One compilation, none on a second call with data of the same shapes.
+    The theta that is returned is the last one or, where an earlier one was better, the best;
+    see `Solution`. If no step improved on `theta0`, the outcome is `not_improved`.
+
+    **Cost:** `num_steps + 1` evaluations: the last one belongs to the theta after the last
+    step. One compilation, none on a second call with data of the same shapes.
 
     !!! example
 
@@ -155,6 +159,7 @@ class _Run:
         check_types(problem)
         self.start_time = time.perf_counter()
         x0 = start_as_arrays(x0)
+        self.given = problem, x0
         self.problem, self.x0, theta = bind(problem, x0, as_arrays(theta0))
         self.external = None
         if isinstance(method, DoubleLoop) and isinstance(method.inner_solver, External):
@@ -163,7 +168,7 @@ class _Run:
             given = self.external.as_given()
             method = dataclasses.replace(method, inner_solver=given, start="warm")
         self.method = method
-        self.state = init_method(self.problem, self.method, self.x0, theta)
+        self.state, self.best = init_method(self.problem, self.method, self.x0, theta)
         self.rows: list[dict[str, np.ndarray]] = []
         self.num_moves = 0
         self.num_rows = 0
@@ -223,11 +228,12 @@ class _Run:
         """One chunk; the reason to stop, if there is one."""
         if self.external is not None:
             self._solve_on_host(num_moves > 0)
-        self.state, infos, count, reason = run_chunk(
-            self.state,
+        (self.state, self.best), infos, count, reason = run_chunk(
+            (self.state, self.best),
             self.problem,
             self.method,
             self.x0,
+            jnp.asarray(self.num_rows, jnp.int32),
             jnp.asarray(num_moves, jnp.int32),
             jnp.asarray(num_evaluations, jnp.int32),
             jnp.asarray(tolerance, float),
@@ -295,12 +301,17 @@ class _Run:
         codes = columns["result"]
         columns["result"] = np.array([_RESULT_NAMES[code] for code in codes])
         history = History(**columns)
-        code = codes[-1]
+        chosen = choose(self.state, self.best, history.value, history.result)
+        name = chosen.result
         if stopped_by == "failure":
-            code = next(c for c in reversed(codes) if _RESULT_NAMES[c] != "successful")
-        x, theta = restore(self.problem.inner, self.state.x, self.state.theta)
+            name = next(name for name in reversed(history.result) if name != "successful")
+        if name == history.result[-1]:
+            name = self._explained(name)
+        x, theta = restore(self.problem.inner, chosen.x, chosen.theta)
         stats = {
             "num_steps": self.num_moves,
+            "best_step": min(chosen.row, self.num_moves),
+            "last_value": float(history.value[-1]),
             "num_flagged": int(np.sum(history.result != "successful")),
             "stopped_by": stopped_by,
             "singular_since": self.singular_since,
@@ -312,12 +323,23 @@ class _Run:
         return Solution(
             x=x,
             theta=theta,
-            value=jnp.asarray(history.value[-1]),
-            aux=self.state.aux,
-            result=getattr(RESULTS, _RESULT_NAMES[code]),
+            value=jnp.asarray(history.value[chosen.row]),
+            aux=chosen.aux,
+            result=getattr(RESULTS, name),
             history=history,
             stats=stats,
         )
+
+    def _explained(self, name: str) -> str:
+        """The outcome of the last evaluation, named more exactly if its inner solve failed."""
+        result = getattr(RESULTS, name)
+        if not is_unexplained(result):
+            return name
+        problem, x0 = self.given
+        x, theta = restore(self.problem.inner, self.state.x, self.state.point)
+        why = _RESULT_NAMES[int(explained(problem, x0, theta, x, result)._value)]
+        # A linear solver that stalled says nothing about the inner solve.
+        return name if why == "inner_not_converged" else why
 
 
 _RESULT_NAMES = {int(item._value): name for name, item in RESULTS._name_to_item.items()}

@@ -21,6 +21,10 @@ class StepInfo(eqx.Module):
     predicted_decrease: Scalar  # of the value, by the optimiser's model, in its next step; or NaN
     result: RESULTS
     stats: dict[str, Array]
+    is_usable: Bool[Array, ""]  # theta may move on it
+    is_comparable: Bool[Array, ""]  # usable, and its value is that of a function of theta
+    is_random: Bool[Array, ""]  # its value is that of a random function
+    value_range: tuple[Scalar, Scalar]  # where that function is, as far as errors are known
     should_stop: Bool[Array, ""]  # the method itself says that it has finished
     gave_up: Bool[Array, ""]  # the method cannot go on from here
 

@@ -16,6 +16,7 @@ from .._problem import Bilevel, check_values, start_at
 from .._results import RESULTS
 from .._tree import lean_jit
 from ._base import AbstractMethod, StepInfo
+from ._best import Best
 
 MAX_CHUNK = 64  # rows of the buffer of a chunk
 REASONS = {0: None, 1: "tolerance", 2: "optimizer", 3: "failure", 4: "singular"}
@@ -29,31 +30,36 @@ def init_method(problem: Bilevel, method: AbstractMethod, x0: PyTree, theta: PyT
     warn_of_structure(problem, solver, bool(rule and rule.differentiates_start), x0, theta)
     # Copied, because the chunks overwrite the state and the arrays are the caller's.
     x0, theta = jtu.tree_map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, (x0, theta))
-    return method.init(problem, x0, theta)
+    state = method.init(problem, x0, theta)
+    info = eqx.filter_eval_shape(method.step, problem, x0, state, jnp.array(True))[1]
+    return state, Best.none(state, info.value_range[0])
 
 
 def _chunk(
-    state: Any,
+    state: tuple[Any, Best],
     problem: Bilevel,
     method: AbstractMethod,
     x0: PyTree,
+    first_row: Array,
     num_moves: Array,
     num_evaluations: Array,
     tolerance: Array,
 ) -> tuple[Any, tuple[Array, Array], Array, Array]:
     """At most `num_evaluations` steps, of which the first `num_moves` move theta.
 
+    `first_row` is how many evaluations there were before, for `Best`.
     The number of steps is an argument, so that chunks of any length are one program.
     """
     dynamic, static = eqx.partition(state, eqx.is_array)
 
-    def step(dynamic: Any, move: Array) -> tuple[Any, StepInfo]:
-        state = eqx.combine(dynamic, static)
+    def step(dynamic: Any, move: Array, row: Array) -> tuple[Any, StepInfo]:
+        state, best = eqx.combine(dynamic, static)
         new_state, info = method.step(problem, x0, state, move)
-        return eqx.filter(new_state, eqx.is_array), info
+        new_best = best.after(new_state, info, row)
+        return eqx.filter((new_state, new_best), eqx.is_array), info
 
     # One row of numbers a step: a dozen small arrays would compile to a dozen kernels.
-    info_struct = jax.eval_shape(step, dynamic, jnp.array(True))[1]
+    info_struct = jax.eval_shape(step, dynamic, jnp.array(True), first_row)[1]
     buffers = jax.tree_util.tree_map(
         lambda s: jnp.zeros((MAX_CHUNK, *s.shape), s.dtype), jax.eval_shape(_pack, info_struct)
     )
@@ -66,7 +72,7 @@ def _chunk(
 
     def body(carry: tuple) -> tuple:
         dynamic, buffers, count, _ = carry
-        dynamic, info = step(dynamic, count < num_moves)
+        dynamic, info = step(dynamic, count < num_moves, first_row + count)
         buffers = jtu.tree_map(lambda b, row: b.at[count].set(row), buffers, _pack(info))
         return dynamic, buffers, count + 1, _reason(info, tolerance, changes)
 

@@ -21,7 +21,8 @@ from .._inner._external import External, Given
 from .._problem import Bilevel, is_start_function, start_at
 from .._tree import tree_norm, tree_where, tree_zeros_like
 from ._base import AbstractMethod, StepInfo
-from ._fall_back import MAX_FAILURES, fall_back, is_usable, same_place
+from ._fall_back import MAX_FAILURES, fall_back, is_solved, is_usable, same_place
+from ._line_search import value_range
 from ._newton import OuterNewton
 from ._predict import Anchor, Prediction, follow, predict
 from ._tolerances import AbstractToleranceSchedule, at_tolerances
@@ -63,14 +64,14 @@ class DoubleLoop(AbstractMethod):
         half, the step is flagged as `jumped`. Costs two linear solves to two digits an
         outer step.
 
-    A flagged hypergradient is recorded and, unless it is only the precision floor that
-    was met, theta does not move on it. The fallback: twice, the inner and adjoint solves
-    go on from where they stopped (more steps at the same theta); then, and at once if
-    something is not finite or the solution has jumped, theta goes back half of its last
-    step (an optimiser with a line search rejects its trial and searches on); after ten
-    failures in a row the method gives up. A solution that still jumps after three half
-    steps is accepted, and remains flagged: the branch has ended, and the run goes on along
-    the new one.
+    Theta does not move on a flagged hypergradient, which is recorded, unless it is flagged for
+    rounding alone: `stalled`, the adjoint residual a tenth of its right-hand side at most.
+    The fallback: twice, the inner and adjoint solves go on from where they stopped (more
+    steps at the same theta); then, and at once if something is not finite or the solution
+    has jumped, theta goes back half of its last step (an optimiser with a line search
+    rejects its trial and searches on); after ten failures in a row the method gives up. A
+    solution that still jumps after three half steps is accepted, and remains flagged: the
+    branch has ended, and the run goes on along the new one.
 
     **Cost:** an inner solve and a hypergradient for each outer step.
 
@@ -185,7 +186,7 @@ class DoubleLoop(AbstractMethod):
                 problem.inner, linear_solver, state.anchor, prediction, point, estimate
             )
         # 2. a failure does not move theta along it
-        usable = is_usable(estimate.result, state.num_failures, self.optimizer.can_reject)
+        usable = is_usable(estimate, state.num_failures, self.optimizer.can_reject)
         retry_theta, hypergradient, num_failures, go_back = fall_back(
             state.theta,
             state.good_theta,
@@ -213,6 +214,9 @@ class DoubleLoop(AbstractMethod):
             num_steps=state.num_steps + 1,
             anchor=_next_anchor(state.anchor, usable, point, estimate.x),
         )
+        # `L(x_K(theta), theta)` of a fixed start and fixed steps
+        is_deterministic = hypergradient.rule is None and solver.is_repeatable
+        is_function = is_deterministic and self._start_of(x0) == "cold"
         info = StepInfo(
             value=estimate.value,
             hypergradient_norm=tree_norm(estimate.grad),
@@ -222,6 +226,10 @@ class DoubleLoop(AbstractMethod):
             predicted_decrease=new.predicted_decrease,
             result=estimate.result,
             stats=estimate.stats,
+            is_usable=usable,
+            is_comparable=usable & (is_solved(estimate) | is_function),
+            is_random=jnp.array(not is_deterministic),
+            value_range=value_range(estimate),
             should_stop=new.is_done & moved & usable,
             gave_up=num_failures >= MAX_FAILURES,
         )
@@ -250,11 +258,13 @@ class DoubleLoop(AbstractMethod):
             # A retry at the same theta goes on from where the last solve stopped.
             is_retry = same_place(point, state.point)
             return tree_where(is_retry, state.x, prediction.x), prediction
-        start = self.start
-        if start is None:
-            is_function = is_start_function(x0) and self.hypergradient.differentiates_start
-            start = "cold" if is_function else "warm"
-        return (x0 if start == "cold" else state.x), None
+        return (x0 if self._start_of(x0) == "cold" else state.x), None
+
+    def _start_of(self, x0: PyTree) -> str:
+        if self.start is not None:
+            return self.start
+        is_function = is_start_function(x0) and self.hypergradient.differentiates_start
+        return "cold" if is_function else "warm"
 
 
 class DoubleLoopState(eqx.Module):

@@ -12,18 +12,42 @@ from .._tree import tree_all_finite, tree_where, tree_zeros_like
 MAX_FAILURES = 10
 _NUM_RETRIES = 2
 _NUM_HALF_STEPS = 3
+_LARGEST_ADJOINT_RESIDUAL = 0.1  # relative: nine tenths of the right-hand side are explained
 
 
-def is_usable(result: RESULTS, num_failures: Int[Array, ""], can_reject: bool) -> Bool[Array, ""]:
+def is_usable(
+    estimate: Estimate, num_failures: Int[Array, ""], can_reject: bool
+) -> Bool[Array, ""]:
     """Whether theta may move on an evaluation.
 
-    The precision floor does no harm. A jump that persists after three half steps is a
-    branch that has ended: the new one is accepted, unless a line search can do better.
+    A jump that persists after three half steps is a branch that has ended: the new one is
+    accepted, unless a line search can do better.
     """
-    usable = (result == RESULTS.successful) | (result == RESULTS.stalled)
+    usable = is_right(estimate)
     if can_reject:
         return usable
-    return usable | ((result == RESULTS.jumped) & (num_failures >= _NUM_HALF_STEPS))
+    return usable | ((estimate.result == RESULTS.jumped) & (num_failures >= _NUM_HALF_STEPS))
+
+
+def is_right(estimate: Estimate) -> Bool[Array, ""]:
+    """Whether it is not flagged, or for rounding alone."""
+    return (estimate.result == RESULTS.successful) | is_at_floor(estimate)
+
+
+def is_at_floor(estimate: Estimate) -> Bool[Array, ""]:
+    """Whether it is flagged for rounding alone, which does a direction no harm.
+
+    Inner solvers say so below a measured floor. A linear solver says it where its residual
+    no longer falls, which may also be far up.
+    """
+    is_far = estimate.adjoint_residual > _LARGEST_ADJOINT_RESIDUAL  # False where there is none
+    return (estimate.result == RESULTS.stalled) & ~is_far
+
+
+def is_solved(estimate: Estimate) -> Bool[Array, ""]:
+    """Whether its x is a solution of the inner problem, by its tolerance or up to rounding."""
+    is_small = estimate.inner_residual <= estimate.inner_tolerance
+    return jnp.isfinite(estimate.inner_tolerance) & (is_small | is_at_floor(estimate))
 
 
 def fall_back(

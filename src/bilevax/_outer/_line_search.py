@@ -38,6 +38,12 @@ def value_noise(estimate: Estimate) -> Scalar:
     return jnp.where(jnp.isfinite(noise), noise, 0)
 
 
+def value_range(estimate: Estimate) -> tuple[Scalar, Scalar]:
+    """Where `L(x*(theta), theta)` is, as far as the errors of `estimate` are known."""
+    noise = value_noise(estimate)
+    return estimate.dual_value - noise, estimate.dual_value + noise
+
+
 def gradient_noise(estimate: Estimate) -> Scalar:
     """How far `grad` may be from the hypergradient, in the two-norm."""
     return relative_error(estimate, 0.0) * tree_norm(estimate.grad)

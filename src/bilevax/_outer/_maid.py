@@ -26,7 +26,8 @@ from .._tree import (
     tree_zeros_like,
 )
 from ._base import AbstractMethod, StepInfo
-from ._line_search import check_step, gradient_noise, value_noise
+from ._fall_back import is_right
+from ._line_search import check_step, gradient_noise, value_noise, value_range
 from ._tolerances import at_tolerances
 
 _ACCURACY = 0.5  # an error of half the hypergradient leaves a direction of descent
@@ -192,9 +193,8 @@ class MAID(AbstractMethod):
         return estimate.error_bound if self.certified else estimate.error_estimate
 
     def _is_accurate(self, estimate: Estimate) -> Bool[Array, ""]:
-        usable = (estimate.result == RESULTS.successful) | (estimate.result == RESULTS.stalled)
         norm = tree_norm(estimate.grad)
-        return usable & (self._error(estimate).astype(norm.dtype) <= _ACCURACY * norm)
+        return is_right(estimate) & (self._error(estimate).astype(norm.dtype) <= _ACCURACY * norm)
 
     def _has_slack(self, estimate: Estimate) -> Bool[Array, ""]:
         norm = tree_norm(estimate.grad)
@@ -235,7 +235,7 @@ class MAID(AbstractMethod):
         change = new.dual_value - known.dual_value
         noise = value_noise(new) + value_noise(known)
         goal = -_ARMIJO * (length.astype(norm.dtype) * norm**2).astype(change.dtype)
-        usable = (new.result == RESULTS.successful) | (new.result == RESULTS.stalled)
+        usable = is_right(new)
         accept = was_trial & usable & (change + noise <= goal)
         # 2. what is to blame: the step, or, if it may be good, the accuracy
         is_hidden = usable & (change - noise <= goal)
@@ -283,7 +283,7 @@ class MAID(AbstractMethod):
         scale = jnp.maximum(state.scale, jnp.abs(seen.dual_value))
         is_idle = ~self._is_worthwhile(seen, carry, scale)
         is_done = ~has_moved & is_idle & tree_all_finite(seen.grad)
-        good = (seen.result == RESULTS.successful) | (seen.result == RESULTS.stalled)
+        good = is_right(seen)
         is_lost = jnp.where(move, ~has_moved, ~carry.is_known) & ~is_done
         result = RESULTS.where(is_lost & good, RESULTS.inaccurate, seen.result)
         num_failures = jnp.where(is_lost & move, state.num_failures + 1, 0).astype(jnp.int32)
@@ -310,6 +310,10 @@ class MAID(AbstractMethod):
             predicted_decrease=jnp.full_like(seen.value, jnp.nan),
             result=result,
             stats=carry.stats,
+            is_usable=good & ~is_lost,
+            is_comparable=good & ~is_lost,
+            is_random=jnp.array(False),
+            value_range=value_range(seen),
             should_stop=is_done & move,
             gave_up=num_failures >= _MAX_FAILURES,
         )

@@ -14,6 +14,7 @@ from .._linear import default_linear_solver, solve_linear, verify
 from .._problem import AbstractCondition
 from .._results import RESULTS
 from .._tree import tree_dot, tree_norm, tree_size, tree_sub, tree_zeros_like
+from ._fall_back import is_right
 
 _RTOL = 1e-2  # of the tangent: the inner solve corrects the rest
 _DISAGREEMENT = 0.5
@@ -75,8 +76,9 @@ def follow(
         condition, linear_solver, estimate.x, theta, step, prediction.move, is_visible
     )
     jumped = _disagree(move, prediction.move) | (is_known & _disagree(move, back))
-    usable = (estimate.result == RESULTS.successful) | (estimate.result == RESULTS.stalled)
-    flagged = RESULTS.where(jumped & is_visible & usable, RESULTS.jumped, estimate.result)
+    flagged = RESULTS.where(
+        jumped & is_visible & is_right(estimate), RESULTS.jumped, estimate.result
+    )
     stats = dict(estimate.stats)
     stats["num_gradients"] = stats["num_gradients"] + 1
     products = prediction.num_products + num_products

@@ -12,8 +12,8 @@ COUNTS = ("num_gradients", "num_hessian_products", "num_cross_products")
 class History:
     """What happened, as NumPy arrays with one entry for each outer evaluation.
 
-    Entry `k` belongs to theta after `k` outer steps (the last one to the theta that is
-    returned), except that a flagged step does not move theta.
+    Entry `k` belongs to theta after `k` outer steps, except that a flagged step does not move
+    theta. The theta that is returned is that of entry `stats["best_step"]` of the `Solution`.
 
     **Attributes:**
 

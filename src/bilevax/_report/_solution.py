@@ -17,11 +17,17 @@ class Solution:
     **Attributes:**
 
     - `x`: the inner solution at `theta`.
-    - `theta`: the outer variable after the last step.
+    - `theta`: the outer variable after the last step or, if the value was lower before, after
+        the best one. Values are compared where they are those of a function of theta: x
+        solved for to a tolerance, or by fixed steps from a fixed start. Elsewhere (a
+        warm-started rule through few steps, minibatches, evolution strategies) the last theta
+        is returned, since chance and earlier steps have their part in the values.
     - `value`: `L(x, theta)`; `aux`: what `outer` returned beside it.
-    - `result`: the outcome at the final theta; if the run gave up, why.
+    - `result`: the outcome at `theta`; if the run gave up, or ended where nothing could be
+        used, why; `not_improved` if no step improved on the start.
     - `history`: a `History`, one row for each outer evaluation.
-    - `stats`: `num_steps`, `num_flagged` (outer evaluations that were flagged),
+    - `stats`: `num_steps`, `best_step` (the outer step that `theta` belongs to), `last_value`,
+        `num_flagged` (outer evaluations that were flagged),
         `stopped_by` ("num_steps", "tolerance", "callback", "optimizer", "interrupt" or
         "failure"), `singular_since` (the outer step from which on `MinimumNorm` stood in for
         `Implicit`, or `None`), `rule_reason` (with `rule="auto"`: which rule, and why; else
@@ -52,6 +58,11 @@ class Solution:
             progress,
             ", ".join(f"{stats[name]} {name[4:].replace('_', ' ')}" for name in COUNTS),
         ]
+        if stats["best_step"] < stats["num_steps"]:
+            lines.append(
+                f"theta is that of outer step {stats['best_step']}, the best of the run: the last "
+                f"value was {stats['last_value']:.6g}"
+            )
         predicted = self.history.predicted_decrease[-1] if len(self.history) else np.nan
         if np.isfinite(predicted):
             lines.append(f"decrease predicted for the next step: {predicted:.2g}")
