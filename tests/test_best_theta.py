@@ -37,35 +37,52 @@ def belongs_together(solution):
 )
 def test_the_best_theta_is_given_back(solver):
     method = bx.DoubleLoop(solver, optimizer=FALLS_THEN_RISES)
-    solution = bx.solve(PROBLEM, X0, THETA0, method, num_steps=70)  # more than one chunk
+    with pytest.warns(RuntimeWarning, match="The run ended above its start"):
+        solution = bx.solve(PROBLEM, X0, THETA0, method, num_steps=70)  # more than one chunk
     np.testing.assert_allclose(solution.theta, THETA0 / 8, rtol=1e-6)
     belongs_together(solution)
-    assert solution.result == bx.RESULTS.successful
+    assert solution.result == bx.RESULTS.not_improved
     history = solution.history
     assert len(history) == 71  # of the whole run, as ever
-    assert solution.stats["best_step"] == 3
+    assert solution.best.step == 3
     assert solution.stats["last_value"] == history.value[-1] > history.value[0]
     assert float(solution.value) == history.value[3] == np.min(history.value)
-    assert "that of outer step 3, the best of the run: the last value was" in str(solution)
+    assert "that of outer step 3, value 0.00976562, and it is returned" in str(solution)
+
+
+@pytest.mark.parametrize(
+    "solver", [None, bx.External(lambda x, theta: theta)], ids=["compiled", "on the host"]
+)
+def test_a_run_that_ends_below_its_start_ends_at_its_last_theta(solver):
+    method = bx.DoubleLoop(solver, optimizer=FALLS_THEN_RISES)
+    solution = bx.solve(PROBLEM, X0, THETA0, method, num_steps=4)
+    np.testing.assert_allclose(solution.theta, -3 * THETA0 / 8, rtol=1e-6)
+    belongs_together(solution)
+    assert solution.result == bx.RESULTS.successful
+    np.testing.assert_allclose(solution.best.theta, THETA0 / 8, rtol=1e-6)
+    np.testing.assert_allclose(solution.best.x, THETA0 / 8, rtol=1e-6)
+    assert float(solution.best.value) == solution.history.value[3]
+    assert "step 3, value 0.00976562, and it is in `solution.best`; the last" in str(solution)
 
 
 def test_the_last_theta_is_given_back_where_it_is_as_good():
     method = bx.DoubleLoop(optimizer=optax.sgd(0.5))
     solution = bx.solve(PROBLEM, X0, THETA0, method, num_steps=8)
     np.testing.assert_allclose(solution.theta, THETA0 / 2**8, rtol=1e-6)
-    assert solution.stats["best_step"] == 8
+    assert solution.best.step == 8
+    np.testing.assert_array_equal(solution.best.theta, solution.theta)
     assert solution.stats["last_value"] == float(solution.value)
-    assert "best of the run" not in str(solution)
+    assert "best theta" not in str(solution)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32], ids=lambda d: d.__name__)
 def test_a_run_that_only_climbs_says_so(dtype):
     method = bx.DoubleLoop(optimizer=RISES)
     x0, theta0 = X0.astype(dtype), THETA0.astype(dtype)
-    with pytest.warns(RuntimeWarning, match="no outer step that can be compared with theta0"):
+    with pytest.warns(RuntimeWarning, match="The run ended above its start"):
         solution = bx.solve(PROBLEM, x0, theta0, method, num_steps=5)
     assert solution.result == bx.RESULTS.not_improved
-    assert solution.stats["best_step"] == 0
+    assert solution.best.step == 0
     np.testing.assert_array_equal(solution.theta, theta0)
     belongs_together(solution)
     with pytest.raises(bx.SolveError, match="Take smaller steps"):
@@ -75,10 +92,11 @@ def test_a_run_that_only_climbs_says_so(dtype):
 def test_fixed_steps_from_a_fixed_start_are_compared():
     descent = bx.Descent(optax.sgd(0.5), num_steps=3)
     method = bx.DoubleLoop(descent, bx.Unrolled(), FALLS_THEN_RISES, start="cold")
-    solution = bx.solve(PROBLEM, X0, THETA0, method, num_steps=12)
+    with pytest.warns(RuntimeWarning, match="The run ended above its start"):
+        solution = bx.solve(PROBLEM, X0, THETA0, method, num_steps=12)
     best = int(np.argmin(solution.history.value))
-    assert 0 < best == solution.stats["best_step"] < 12
-    assert float(solution.value) == solution.history.value[best]
+    assert 0 < best == solution.best.step < 12
+    assert float(solution.best.value) == solution.history.value[best]
 
 
 def test_steps_that_depend_on_the_past_do_not_judge_theta():
@@ -89,7 +107,7 @@ def test_steps_that_depend_on_the_past_do_not_judge_theta():
         solution = bx.solve(PROBLEM, jnp.zeros(2), THETA0, method, num_steps=20)
     np.testing.assert_allclose(solution.x, (1 - 0.9**21) * THETA0, rtol=1e-6)
     assert solution.result == bx.RESULTS.not_improved
-    assert solution.stats["best_step"] == 20
+    assert solution.best.step == 20
     # chance: a value that rises by it means nothing
     rule = bx.EvolutionStrategies(jax.random.key(0), num_pairs=2)
     method = bx.DoubleLoop(few, rule, optax.sgd(0.0))
@@ -106,7 +124,7 @@ def test_values_within_their_errors_are_equal():
     )
     method = bx.DoubleLoop(bx.NewtonCG(rtol=1e-1, dense=False), optimizer=optax.sgd(1e-6))
     solution = bx.solve(problem, jnp.zeros(6), jnp.zeros(6), method, num_steps=5)
-    assert solution.stats["best_step"] == 5
+    assert solution.best.step == 5
 
 
 def test_other_methods_and_failures():

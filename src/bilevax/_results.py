@@ -60,11 +60,11 @@ class RESULTS(eqx.Enumeration):
         "scaling of the problem."
     )
     not_improved = (
-        "The run ended above its start: no outer step that can be compared with theta0 improved "
-        "on it. theta0 is returned again or, where x was not solved for (a warm-started rule "
-        "through few steps, inexact=True), so that the values do not judge theta alone, the last "
-        "theta. Take smaller steps, optax.adam(1e-2) say, or bx.OuterLBFGS(), which takes back a "
-        "step that does not help; bx.check(...) compares the hypergradient with differences."
+        "The run ended above its start. The best theta it has seen is returned or, where x was "
+        "not solved for (a warm-started rule through few steps, inexact=True), so that the "
+        "values do not judge theta alone, the last theta. Take smaller steps, optax.adam(1e-2) "
+        "say, or bx.OuterLBFGS(), which takes back a step that does not help; bx.check(...) "
+        "compares the hypergradient with differences."
     )
     inaccurate = (
         "The hypergradient is less accurate than asked for: its error estimate exceeds rtol. "

@@ -25,13 +25,21 @@ from ._outer._best import choose
 from ._outer._chunk import MAX_CHUNK, REASONS, columns, init_method, run_chunk
 from ._outer._double_loop import DoubleLoop
 from ._problem import Bilevel, as_arrays, bind, restore, start_as_arrays, start_at
+from ._reach._traced import refuse_traced
 from ._report._history import COUNTS, History
 from ._report._interrupt import Interrupt
 from ._report._progress import Progress, progress_bar
-from ._report._solution import Solution
+from ._report._solution import BestEvaluation, Solution
 from ._results import RESULTS, SolveError
 
 _MAX_FINAL_EVALUATIONS = 5
+_INSTEAD = (
+    "Several starts or settings: loop over them in Python, which compiles once. An outer loop "
+    "inside jit or vmap: bx.hypergradient(problem, x0, theta, state=state, throw=False) and an "
+    "Optax update, in jax.lax.scan. The derivative of the theta that is found: "
+    "bx.argmin(value, bx.Given())(solution.theta, setting), where value(theta, setting) is the "
+    "outer objective at bx.argmin(inner)."
+)
 _CHUNK_SECONDS = 0.05  # seldom enough to cost nothing, often enough for a person
 
 
@@ -80,8 +88,8 @@ def solve(
 
     **Returns:** a `Solution`; `print(solution)` and `solution.plot()` show it.
 
-    The theta that is returned is the last one or, where an earlier one was better, the best;
-    see `Solution`. If no step improved on `theta0`, the outcome is `not_improved`.
+    The theta that is returned is the last one; `solution.best` is the best that was seen. A run
+    that ends above its start is flagged as `not_improved`, and returns the best.
 
     **Cost:** `num_steps + 1` evaluations: the last one belongs to the theta after the last
     step. One compilation, none on a second call with data of the same shapes.
@@ -99,6 +107,17 @@ def solve(
         print(solution)
         ```
     """
+    refuse_traced(
+        "bx.solve",
+        _INSTEAD,
+        problem=problem,
+        x0=x0,
+        theta0=theta0,
+        method=method,
+        rule=rule,
+        num_steps=num_steps,
+        tolerances=(rtol, atol),
+    )
     method = DoubleLoop() if method is None else method
     check_positive(num_steps, "num_steps")
     check_positive(callback_every, "callback_every")
@@ -301,16 +320,15 @@ class _Run:
         codes = columns["result"]
         columns["result"] = np.array([_RESULT_NAMES[code] for code in codes])
         history = History(**columns)
-        chosen = choose(self.state, self.best, history.value, history.result)
-        name = chosen.result
+        chosen, best, name = choose(self.state, self.best, history.value, history.result)
         if stopped_by == "failure":
             name = next(name for name in reversed(history.result) if name != "successful")
         if name == history.result[-1]:
             name = self._explained(name)
         x, theta = restore(self.problem.inner, chosen.x, chosen.theta)
+        best_x, best_theta = restore(self.problem.inner, best.x, best.theta)
         stats = {
             "num_steps": self.num_moves,
-            "best_step": min(chosen.row, self.num_moves),
             "last_value": float(history.value[-1]),
             "num_flagged": int(np.sum(history.result != "successful")),
             "stopped_by": stopped_by,
@@ -326,6 +344,12 @@ class _Run:
             value=jnp.asarray(history.value[chosen.row]),
             aux=chosen.aux,
             result=getattr(RESULTS, name),
+            best=BestEvaluation(
+                theta=best_theta,
+                x=best_x,
+                value=jnp.asarray(history.value[best.row]),
+                step=min(best.row, self.num_moves),
+            ),
             history=history,
             stats=stats,
         )

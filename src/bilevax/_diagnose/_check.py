@@ -14,7 +14,8 @@ from .._inner._newton_cg import NewtonCG
 from .._linear import GMRES
 from .._linear._common import check_count
 from .._problem import AbstractCondition, Bilevel, as_arrays, is_start_function, objective, prepare
-from .._tree import is_traced, standard_promotion, tree_dtype, tree_size
+from .._reach._traced import refuse_traced
+from .._tree import standard_promotion, tree_dtype, tree_size
 from ._assemble import assemble
 from ._base import Check
 from ._reasons import most_likely_reason
@@ -82,6 +83,16 @@ def check(
     Reference: Parlett, "The symmetric eigenvalue problem", 1998, section 13.2, for the
     eigenvalues.
     """
+    refuse_traced(
+        "bx.check",
+        "Call it once, outside jit, with typical values; inside, the estimate of "
+        "bx.hypergradient(..., throw=False) holds its own evidence.",
+        problem=problem,
+        x=x,
+        theta=theta,
+        rule=rule,
+        inner_solver=inner_solver,
+    )
     check_types(problem, rule)
     check_count("check", required=True, max_lanczos_steps=max_lanczos_steps)
     if (
@@ -90,8 +101,6 @@ def check(
         or num_directions < 0
     ):
         raise ValueError(f"check(num_directions=...) must be 0 or more; got {num_directions!r}.")
-    if is_traced((problem, x, theta)):
-        raise TypeError("bx.check runs on the host: call it outside jit, grad and vmap.")
     if is_start_function(x):
         raise TypeError("`x` is a point to be checked, not a function of theta: give x0(theta).")
     problem, x, theta = prepare(problem, as_arrays(x), as_arrays(theta))

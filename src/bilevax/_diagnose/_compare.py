@@ -8,7 +8,8 @@ from .._hypergradient._base import AbstractHypergradient
 from .._hypergradient._entry import check_types
 from .._linear._common import check_count
 from .._problem import Bilevel, as_arrays, prepare, start_as_arrays, start_at
-from .._tree import is_traced, standard_promotion, tree_dtype, tree_norm, tree_size
+from .._reach._traced import refuse_traced
+from .._tree import standard_promotion, tree_dtype, tree_norm, tree_size
 from ._compare_rows import measure_curve, measure_rules
 from ._compare_rules import default_rules, find_setting, named_rules
 from ._comparison import RuleComparison
@@ -80,11 +81,18 @@ def compare(
     Reference: Grazzi, Franceschi, Pontil, Salzo, "On the iteration complexity of hypergradient
     computation", 2020, theorems 2.1 and 2.2, for the two curves.
     """
+    refuse_traced(
+        "bx.compare",
+        "Call it once, outside jit, with typical values.",
+        problem=problem,
+        x0=x0,
+        theta=theta,
+        rules=rules,
+        inner_solver=inner_solver,
+    )
     check_types(problem)
     check_count("compare", required=True, num_rounds=num_rounds)
     check_count("compare", num_steps=num_steps)
-    if is_traced((problem, x0, theta)):
-        raise TypeError("bx.compare runs on the host: call it outside jit, grad and vmap.")
     named = None if rules is None else named_rules(rules)
     x0 = start_as_arrays(x0)
     problem, x0, theta = prepare(problem, x0, as_arrays(theta))

@@ -8,7 +8,8 @@ from .._hypergradient._entry import check_types
 from .._inner._base import AbstractInnerSolver
 from .._inner._default import as_inner_solver
 from .._problem import Bilevel, as_arrays, prepare, start_as_arrays, start_at
-from .._tree import is_traced, standard_promotion, tree_size
+from .._reach._traced import refuse_traced
+from .._tree import standard_promotion, tree_size
 from ._implicit_choice import choose_implicit
 from ._prospect import Inner, look_at_inner
 from ._recommendation import Recommendation
@@ -125,8 +126,13 @@ def _measured(inner: Inner, theta: PyTree) -> dict[str, Any]:
 
 
 def _check(problem: Bilevel, x0: PyTree, theta: PyTree, rtol: Any, memory: Any) -> None:
-    if is_traced((problem, x0, theta)):
-        raise TypeError("bx.recommend runs on the host: call it outside jit, grad and vmap.")
+    refuse_traced(
+        "bx.recommend",
+        "Call it once, outside jit, with typical values, and use the rule that it finds inside.",
+        problem=problem,
+        x0=x0,
+        theta=theta,
+    )
     if not (isinstance(rtol, float) and 0 < rtol < 1):
         raise ValueError(
             f"recommend(rtol=...) is a relative accuracy between 0 and 1; got {rtol!r}."

@@ -43,7 +43,7 @@ def warn_of_structure(
         return
     num_x = len(jtu.tree_leaves(x))
     by_outer = _needed(outer)
-    if num_x and not any(by_outer[:num_x]):
+    if any(leaf.size for leaf in jtu.tree_leaves(x)) and not any(by_outer[:num_x]):
         _warn(
             "The outer objective does not depend on x: the inner problem plays no part in the "
             "hypergradient. `outer` is called with (x, theta), the inner solution first."

@@ -1,4 +1,4 @@
-"""The best evaluation of a run, whatever the method: what `solve` returns if the end is worse."""
+"""The best evaluation of a run, whatever the method, and how the end compares with it."""
 
 from typing import Any, NamedTuple
 
@@ -23,11 +23,13 @@ class Best(eqx.Module):
     aux: PyTree
     highest: Scalar  # what its value may be at most
     row: Int[Array, ""]  # of the history; -1 for none yet
+    first_highest: Scalar  # what the value of the first that may be compared is at most
     # of the last evaluation
     is_usable: Bool[Array, ""]
     is_comparable: Bool[Array, ""]
     is_random: Bool[Array, ""]
     is_as_good: Bool[Array, ""]  # as the best, as far as errors allow to tell
+    is_above_start: Bool[Array, ""]
 
     @staticmethod
     def none(state: Any, value: Any) -> "Best":
@@ -35,9 +37,10 @@ class Best(eqx.Module):
         theta, x, aux = jtu.tree_map(
             lambda a: jnp.copy(a) if eqx.is_array(a) else a, (state.theta, state.x, state.aux)
         )
-        highest, row = jnp.zeros((), value.dtype), jnp.full((), -1, jnp.int32)
-        a, b, c, d = (jnp.zeros((), bool) for _ in range(4))  # not one array: they are donated
-        return Best(theta, x, aux, highest, row, a, b, c, d)
+        row = jnp.full((), -1, jnp.int32)
+        highest, first = (jnp.zeros((), value.dtype) for _ in range(2))
+        flags = [jnp.zeros((), bool) for _ in range(5)]  # not one array: they are donated
+        return Best(theta, x, aux, highest, row, first, *flags)
 
     def after(self, state: Any, info: StepInfo, row: Int[Array, ""]) -> "Best":
         """The best after one more evaluation, to which `state` and `info` belong."""
@@ -49,35 +52,52 @@ class Best(eqx.Module):
         arrays, static = eqx.partition(known, eqx.is_array)
         best = tree_where(is_better, eqx.filter(seen, eqx.is_array), arrays)
         theta, x, aux, highest, row = eqx.combine(best, static)
-        usable, comparable, random = info.is_usable, info.is_comparable, info.is_random
-        is_as_good = comparable & (is_first | (lowest <= highest))
-        return Best(theta, x, aux, highest, row, usable, comparable, random, is_as_good)
+        comparable = info.is_comparable
+        first = jnp.where(is_first & comparable, highest, self.first_highest)
+        return Best(
+            theta=theta,
+            x=x,
+            aux=aux,
+            highest=highest,
+            row=row,
+            first_highest=first,
+            is_usable=info.is_usable,
+            is_comparable=comparable,
+            is_random=info.is_random,
+            is_as_good=comparable & (lowest <= highest),
+            is_above_start=comparable & (lowest > first),
+        )
 
 
 class Chosen(NamedTuple):
-    """What is returned of a run."""
+    """An evaluation of a run."""
 
     theta: PyTree
     x: PyTree
     aux: PyTree
     row: int
-    result: str
 
 
-def choose(state: Any, best: Best, values: np.ndarray, results: np.ndarray) -> Chosen:
-    """The last evaluation or, if that is worse or not usable, the best one before.
+def choose(
+    state: Any, best: Best, values: np.ndarray, results: np.ndarray
+) -> tuple[Chosen, Chosen, str]:
+    """What is returned of a run, the best of it, and the outcome.
 
+    Returned is the last evaluation or, if that is above the start or not usable, the best.
     Where values cannot be compared, because x is no solution and depends on the steps
     before or on chance, theta is not judged by them: the last one is it.
     """
+    last = Chosen(state.theta, state.x, state.aux, len(values) - 1)
     is_usable, is_comparable = bool(best.is_usable), bool(best.is_comparable)
-    row, result = int(best.row), str(results[-1])
-    if row >= 0 and not best.is_as_good and (is_comparable or not is_usable):
-        if is_usable:
-            result = "not_improved" if row == 0 else str(results[row])
-        return Chosen(best.theta, best.x, best.aux, row, result)
+    top, result = last, str(results[-1])
+    if int(best.row) >= 0 and not best.is_as_good and (is_comparable or not is_usable):
+        top = Chosen(best.theta, best.x, best.aux, int(best.row))
+    if best.is_above_start:
+        return top, top, "not_improved"
+    if not is_usable:
+        return top, top, result
     rise = values[-1] - values[0]
     rounding = 10 * np.finfo(best.highest.dtype).eps * np.max(np.abs(values[[0, -1]]))
-    if is_usable and not is_comparable and not best.is_random and rise > rounding:
+    if not is_comparable and not best.is_random and rise > rounding:
         result = "not_improved"
-    return Chosen(state.theta, state.x, state.aux, len(values) - 1, result)
+    return last, top, result

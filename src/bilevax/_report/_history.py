@@ -13,7 +13,7 @@ class History:
     """What happened, as NumPy arrays with one entry for each outer evaluation.
 
     Entry `k` belongs to theta after `k` outer steps, except that a flagged step does not move
-    theta. The theta that is returned is that of entry `stats["best_step"]` of the `Solution`.
+    theta. The theta that is returned is the last one, unless the `Solution` says otherwise.
 
     **Attributes:**
 

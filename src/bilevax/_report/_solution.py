@@ -11,23 +11,34 @@ from ._history import COUNTS, History
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class BestEvaluation:
+    """The best that a run has seen: see `Solution`."""
+
+    theta: PyTree[Array]
+    x: PyTree[Array]
+    value: Array
+    step: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Solution:
     """The result of a run. `print(solution)` says in a few lines what it is.
 
     **Attributes:**
 
     - `x`: the inner solution at `theta`.
-    - `theta`: the outer variable after the last step or, if the value was lower before, after
-        the best one. Values are compared where they are those of a function of theta: x
-        solved for to a tolerance, or by fixed steps from a fixed start. Elsewhere (a
-        warm-started rule through few steps, minibatches, evolution strategies) the last theta
-        is returned, since chance and earlier steps have their part in the values.
+    - `theta`: the outer variable after the last step; if the run ended above its start, or
+        where nothing could be used, the best one.
     - `value`: `L(x, theta)`; `aux`: what `outer` returned beside it.
     - `result`: the outcome at `theta`; if the run gave up, or ended where nothing could be
-        used, why; `not_improved` if no step improved on the start.
+        used, why; `not_improved` if it ended above its start.
+    - `best`: the best evaluation of the run, with its `theta`, `x`, `value` and outer `step`;
+        the last one, if none before was better. Values are compared where they are those of a
+        function of theta: x solved for to a tolerance, or by fixed steps from a fixed start.
+        Elsewhere (a warm-started rule through few steps, minibatches, evolution strategies)
+        the last one is taken, since chance and earlier steps have their part in the values.
     - `history`: a `History`, one row for each outer evaluation.
-    - `stats`: `num_steps`, `best_step` (the outer step that `theta` belongs to), `last_value`,
-        `num_flagged` (outer evaluations that were flagged),
+    - `stats`: `num_steps`, `last_value`, `num_flagged` (outer evaluations that were flagged),
         `stopped_by` ("num_steps", "tolerance", "callback", "optimizer", "interrupt" or
         "failure"), `singular_since` (the outer step from which on `MinimumNorm` stood in for
         `Implicit`, or `None`), `rule_reason` (with `rule="auto"`: which rule, and why; else
@@ -40,6 +51,7 @@ class Solution:
     value: Array
     aux: PyTree
     result: RESULTS
+    best: BestEvaluation
     history: History
     stats: dict[str, Any]
 
@@ -58,10 +70,13 @@ class Solution:
             progress,
             ", ".join(f"{stats[name]} {name[4:].replace('_', ' ')}" for name in COUNTS),
         ]
-        if stats["best_step"] < stats["num_steps"]:
+        if self.best.step < stats["num_steps"]:
+            best, last = float(self.best.value), stats["last_value"]
+            is_best = float(self.value) == best != last
+            which = "it is returned" if is_best else "it is in `solution.best`"
             lines.append(
-                f"theta is that of outer step {stats['best_step']}, the best of the run: the last "
-                f"value was {stats['last_value']:.6g}"
+                f"the best theta was that of outer step {self.best.step}, value {best:.6g}, and "
+                f"{which}; the last value was {last:.6g}"
             )
         predicted = self.history.predicted_decrease[-1] if len(self.history) else np.nan
         if np.isfinite(predicted):
