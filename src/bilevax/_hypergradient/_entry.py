@@ -30,6 +30,7 @@ from .._tree import is_traced, lean_jit, stop_gradient
 from ._base import AbstractHypergradient, Estimate, HypergradientState
 from ._implicit import Implicit
 from ._minimum_norm import MinimumNorm
+from ._sharded import by_device
 from ._structure import warn_of_structure
 
 
@@ -90,6 +91,21 @@ def hypergradient(
     rule = Implicit() if rule is None else rule
     x0 = start_as_arrays(x0)
     theta = as_arrays(theta)
+
+    args = (problem, x0, theta, inner_solver, rule, state)
+    return EstimateAndState(*by_device(partial(_hypergradient, throw=throw), *args))
+
+
+def _hypergradient(
+    problem: Bilevel,
+    x0: PyTree,
+    theta: PyTree,
+    inner_solver: Any,
+    rule: AbstractHypergradient,
+    state: HypergradientState | None,
+    *,
+    throw: bool,
+) -> tuple[Estimate, HypergradientState]:
     if state is None:
         state = _init(problem, inner_solver, rule, x0, theta)
     else:
@@ -108,7 +124,7 @@ def hypergradient(
     if is_unexplained(estimate.result):
         result = explained(problem, x0, theta, estimate.x, estimate.result)
         estimate = eqx.tree_at(lambda e: e.result, estimate, result)
-    return EstimateAndState(raise_failure(estimate) if throw else estimate, new_state)
+    return raise_failure(estimate) if throw else estimate, new_state
 
 
 class EstimateAndState(NamedTuple):
@@ -198,12 +214,21 @@ def argmin(
     def x_star(x0: PyTree, theta: PyTree) -> PyTree:
         x0 = start_as_arrays(x0)
         theta = as_arrays(theta)
+        return by_device(solved, problem, x0, theta, inner_solver, differentiate)
+
+    def solved(
+        problem: Bilevel,
+        x0: PyTree,
+        theta: PyTree,
+        inner_solver: Any,
+        rule: AbstractHypergradient,
+    ) -> PyTree:
         hoisted = _hoist(problem, x0, theta)
         if is_traced(hoisted.inner.fn):
             # `inner` closes over traced values: they live in this call only, so that a
             # compiled function kept for the next call must not see them.
-            return _solution(hoisted, inner_solver, differentiate, x0, theta, throw)
-        return _jitted_solution(problem, inner_solver, differentiate, x0, theta, throw)
+            return _solution(hoisted, inner_solver, rule, x0, theta, throw)
+        return _jitted_solution(problem, inner_solver, rule, x0, theta, throw)
 
     return x_star
 

@@ -1,0 +1,171 @@
+"""Inside `jax.shard_map`: every device solves a problem of its own, or all solve one."""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.tree_util as jtu
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import PyTree
+
+from .._problem import Bilevel, bind, start_at
+
+_COMMUNICATES = (
+    "Inside jax.shard_map this problem communicates between devices ({}), and x or theta differ "
+    "from device to device. Where all devices solve one problem, x0 and theta must be the same "
+    "on all of them (in_specs=P()). Where each has a problem of its own, keep communication out "
+    "of the inner objective, and apply it to the result: jax.lax.psum of outer(x_star(x0, theta), "
+    "theta) with x_star = bx.argmin(inner)."
+)
+
+
+def by_device(fn: Callable, problem: Bilevel, x0: PyTree, theta: PyTree, *args: PyTree) -> Any:
+    """`fn(problem, x0, theta, *args)`, inside `jax.shard_map` on every device by itself.
+
+    JAX keeps account of which values differ from device to device, and asks of a loop that
+    its carry, and of a branch that its results, have one type in this account. In what does
+    not communicate there is nothing to account for: its arrays differ, all of them, and
+    `fn` sees them as on a single device. A gradient in a value that all devices share is
+    summed over the devices, as it is in the rest of the user's program.
+
+    A problem that communicates is left to JAX' account, in which x and theta that are
+    equal on all devices stay so.
+    """
+    args = (problem, x0, theta, *args)
+    if not _is_inside():
+        return fn(*args)
+    arrays: list[Any] = []
+    _map_arrays(arrays.append, args)
+    axes = frozenset().union(*map(_varying, arrays))
+    if not axes:
+        return fn(*args)
+    apart = _map_arrays(lambda a: _differing(a, axes), args)
+    collective = _communicates(*apart[:3])
+    if collective is not None:
+        return _together(fn, args, collective)
+    mesh = jax.sharding.get_abstract_mesh()
+    local = _map_arrays(lambda a: _retype(a, frozenset(), _NO_MESH), apart)
+    with jax.sharding.use_abstract_mesh(_NO_MESH):
+        out = fn(*local)
+    return _map_arrays(lambda a: _retype(a, axes, mesh), out)
+
+
+def _together(fn: Callable, args: tuple, collective: str) -> Any:
+    try:
+        return fn(*args)
+    except (TypeError, ValueError) as error:
+        if "varying" not in str(error):
+            raise
+        raise TypeError(_COMMUNICATES.format(collective)) from error
+
+
+def _communicates(problem: Bilevel, x0: PyTree, theta: PyTree) -> str | None:
+    """The name of what communicates in the functions of a problem."""
+    axes = set(jax.sharding.get_abstract_mesh().axis_names)
+    bound, start, theta = bind(problem, x0, theta)
+
+    def both(x: PyTree, theta: PyTree) -> tuple:
+        return eqx.filter((bound.inner(x, theta), bound.outer_value(x, theta)), eqx.is_array)
+
+    def find(jaxpr: Any) -> str | None:
+        for equation in jaxpr.eqns:
+            params = equation.params
+            names = params.get("axes", params.get("axis_name", ()))
+            named = {names} if isinstance(names, str) else set(jtu.tree_leaves(names))
+            if equation.primitive.name != "pvary" and named & axes:
+                return equation.primitive.name
+            for inside in jtu.tree_leaves(tuple(params.values()), is_leaf=_is_jaxpr):
+                found = find(inside) if _is_jaxpr(inside) else None
+                if found is not None:
+                    return found
+        return None
+
+    return find(jax.make_jaxpr(both)(start_at(start, theta), theta))
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(value, "eqns")
+
+
+def _is_inside() -> bool:
+    mesh = getattr(jax.sharding, "get_abstract_mesh", None)
+    return mesh is not None and bool(getattr(mesh(), "manual_axes", ()))
+
+
+def _map_arrays(change: Callable, tree: Any) -> Any:
+    """`change` of every array, also of those that functions close over."""
+
+    def mapped(leaf: Any) -> Any:
+        if isinstance(leaf, types.FunctionType) and leaf.__closure__:
+            return _with_cells(leaf, tuple(map(mapped_cell, leaf.__closure__)))
+        return change(leaf) if eqx.is_array(leaf) else leaf
+
+    def mapped_cell(cell: types.CellType) -> types.CellType:
+        try:
+            return types.CellType(_map_arrays(change, cell.cell_contents))
+        except ValueError:  # not yet filled
+            return cell
+
+    return jtu.tree_map(mapped, tree)
+
+
+def _with_cells(fn: types.FunctionType, cells: tuple) -> types.FunctionType:
+    new = types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, cells)
+    new.__kwdefaults__ = fn.__kwdefaults__
+    new.__dict__.update(fn.__dict__)
+    return new
+
+
+def _varying(array: Any) -> frozenset:
+    """The axes of the mesh along which `array` differs."""
+    if not isinstance(array, jax.core.Tracer):
+        return frozenset()
+    aval: Any = jax.typeof(array)
+    kind = getattr(aval, "manual_axis_type", None)
+    return getattr(aval, "vma", frozenset()) if kind is None else kind.varying
+
+
+def _differing(array: Any, axes: frozenset) -> Any:
+    missing = tuple(sorted(axes - _varying(array)))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+
+def _retype(array: Any, axes: frozenset, mesh: Any) -> Any:
+    """The same numbers; their type says that they differ along `axes`.
+
+    Unlike `jax.lax.pcast` it sums nothing on the way back.
+    """
+    here = _varying(array), jax.typeof(array).sharding.mesh
+    return _retype_p.bind(array, there=(axes, mesh), here=here)
+
+
+def _retyped(aval: Any, *, there: tuple, here: tuple) -> Any:
+    del here
+    axes, mesh = there
+    for change in ({"axes": frozenset()}, {"mesh": mesh}, {"axes": axes}):
+        if "mesh" in change:
+            aval = aval.update(sharding=aval.sharding.update(mesh=mesh))
+        elif hasattr(aval, "manual_axis_type"):
+            kind = aval.manual_axis_type.update(varying=change["axes"])
+            aval = aval.update(manual_axis_type=kind)
+        else:
+            aval = aval.update(vma=change["axes"])
+    return aval
+
+
+_NO_MESH = jax.sharding.AbstractMesh((), ())
+_retype_p = Primitive("retype")
+_retype_p.def_impl(lambda a, **_: a)
+_retype_p.def_abstract_eval(_retyped)
+mlir.register_lowering(_retype_p, lambda _, a, **__: [a])
+ad.deflinear2(
+    _retype_p, lambda dot, _, *, there, here: [_retype_p.bind(dot, there=here, here=there)]
+)
+batching.primitive_batchers[_retype_p] = lambda args, dims, **kwargs: (
+    _retype_p.bind(*args, **kwargs),
+    dims[0],
+)
