@@ -15,12 +15,15 @@ from jaxtyping import PyTree
 from .._problem import Bilevel, bind, start_at
 
 _COMMUNICATES = (
-    "Inside jax.shard_map this problem communicates between devices ({}), and x or theta differ "
-    "from device to device. Where all devices solve one problem, x0 and theta must be the same "
-    "on all of them (in_specs=P()). Where each has a problem of its own, keep communication out "
-    "of the inner objective, and apply it to the result: jax.lax.psum of outer(x_star(x0, theta), "
-    "theta) with x_star = bx.argmin(inner)."
+    "Inside jax.shard_map this problem communicates between devices ({}). Where each device has "
+    "an x of its own, keep communication out of the inner objective, and apply it to the result: "
+    "jax.lax.psum of outer(x_star(x0, theta), theta) with x_star = bx.argmin(inner). Where all "
+    "solve one problem, x0 and theta must be the same on all devices (in_specs=P()): "
+    "bx.hypergradient with bx.NewtonCG() or bx.LBFGS() takes its derivative, and so does "
+    "bx.argmin with rule=bx.Unrolled() and bx.Descent(...)."
 )
+# What JAX, Lineax and Optimistix say of values whose types differ in what they vary along.
+_OF_TYPES = ("varying", "{V:", "structure")
 
 
 def by_device(fn: Callable, problem: Bilevel, x0: PyTree, theta: PyTree, *args: PyTree) -> Any:
@@ -58,7 +61,7 @@ def _together(fn: Callable, args: tuple, collective: str) -> Any:
     try:
         return fn(*args)
     except (TypeError, ValueError) as error:
-        if "varying" not in str(error):
+        if not any(word in str(error) for word in _OF_TYPES):
             raise
         raise TypeError(_COMMUNICATES.format(collective)) from error
 

@@ -1,0 +1,113 @@
+"""Inside `jax.shard_map`, in a process of its own: the number of devices is set at its start."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import jax, jax.numpy as jnp, numpy as np, optax, optimistix as optx
+jax.config.update("jax_enable_x64", True)
+from jax.sharding import PartitionSpec as P
+import bilevax as bx
+
+mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+TARGETS = jnp.linspace(-1.0, 2.0, 12).reshape(4, 3)
+THETA = jnp.array([0.3, -0.2, 0.1])
+THETAS, X0 = jnp.tile(THETA, (4, 1)), jnp.zeros(3)
+S = 1 / (1 + jnp.exp(THETA))  # x* = S * target
+EACH = -2 * TARGETS**2 * S**2 * (1 - S)
+MEAN = jnp.mean(TARGETS, axis=0)
+SHARED = -2 * MEAN**2 * S**2 * (1 - S)
+HESSIANS = jax.vmap(
+    lambda t: jax.hessian(lambda th: jnp.sum((t / (1 + jnp.exp(th))) ** 2))(THETA)
+)(TARGETS)
+
+def inner(x, theta, t):
+    return 0.5 * jnp.sum((x - t) ** 2) + 0.5 * jnp.sum(jnp.exp(theta) * x**2)
+
+def together(x, theta, t):
+    return jax.lax.pmean(0.5 * jnp.sum((x - t) ** 2), "i") + 0.5 * jnp.sum(jnp.exp(theta) * x**2)
+
+def outer(x, theta):
+    return jnp.sum(x**2)
+
+def sharded(fn, *args, specs=(P("i"), P("i")), out=P("i")):
+    return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out))(*args)
+
+def through_argmin(condition, theta, solver=None, rule=None):
+    x_star = bx.argmin(condition, solver, rule)
+    return jax.grad(lambda theta: outer(x_star(X0, theta), theta))(theta)
+
+def estimate(fn, t, theta, outer=outer, **options):
+    return bx.hypergradient(bx.Bilevel(fn, outer, inner_data=t), X0, theta, **options)[0]
+
+def close(got, want, rtol=1e-6):
+    np.testing.assert_allclose(got, want, rtol=rtol, atol=1e-9)
+
+def refused(fn, *args, **options):
+    try:
+        sharded(fn, *args, **options)
+    except TypeError as error:
+        assert "communicates" in str(error) and "bx.argmin" in str(error), error
+    else:
+        raise AssertionError("not refused")
+"""
+DESCENT = 'bx.Descent(optax.sgd(0.4), num_steps=80), bx.Unrolled(checkpoints="all")'
+CHECKS = {
+    "every device a problem": """
+for options in (
+    (), (bx.LBFGS(rtol=1e-9), bx.Implicit(bx.CG(rtol=1e-10))), (DESCENT),
+    (optx.BFGS(1e-9, 1e-9), bx.Implicit(bx.MINRES(rtol=1e-9))), (None, bx.KStep(60, 0.4)),
+):
+    close(sharded(lambda t, th: through_argmin(bx.Minimum(inner, t[0]), th[0], *options)[None],
+                  TARGETS, THETAS), EACH)
+root = bx.Root(lambda x, th, t: x - t + jnp.exp(th) * x, TARGETS[0])
+close(sharded(lambda t, th: through_argmin(bx.Root(root.fn, t[0]), th[0])[None], TARGETS, THETAS),
+      EACH)
+""",
+    "hypergradients, their derivative, and a shared theta": """
+close(sharded(lambda t, th: estimate(inner, t[0], th[0]).grad[None], TARGETS, THETAS), EACH)
+close(sharded(lambda t, th: jax.jacrev(lambda th: estimate(inner, t[0], th).grad)(th[0])[None],
+              TARGETS, THETAS), HESSIANS)
+shared = dict(specs=(P("i"), P()), out=P())
+close(sharded(lambda t, th: through_argmin(bx.Minimum(inner, t[0]), th), TARGETS, THETA, **shared),
+      EACH.sum(0))
+of_closure = lambda t: jax.grad(lambda t: jnp.sum(
+    bx.argmin(lambda x, th: inner(x, th, t))(X0, THETA) ** 2))(t)
+close(sharded(lambda t, _: of_closure(t[0])[None], TARGETS, THETAS), 2 * TARGETS * S**2)
+summed = lambda t, th: jax.grad(lambda th: jax.lax.psum(
+    outer(bx.argmin(bx.Minimum(inner, t[0]))(X0, th), th), "i"))(th)
+close(sharded(summed, TARGETS, THETA, **shared), EACH.sum(0))
+""",
+    "one problem for all devices": """
+shared = dict(specs=(P("i"), P()), out=P())
+for options in ({}, dict(inner_solver=bx.LBFGS(rtol=1e-9))):
+    close(sharded(lambda t, th: estimate(together, t[0], th, **options).grad, TARGETS, THETA,
+                  **shared), SHARED)
+close(sharded(lambda t, th: through_argmin(bx.Minimum(together, t[0]), th, DESCENT), TARGETS,
+              THETA, **shared), SHARED)
+refused(lambda t, th: through_argmin(bx.Minimum(together, t[0]), th), TARGETS, THETA, **shared)
+refused(lambda t, th: through_argmin(bx.Minimum(together, t[0]), th[0])[None], TARGETS, THETAS)
+summed = lambda x, th: jax.lax.psum(outer(x, th), "i")
+refused(lambda t, th: estimate(inner, t[0], th, summed).grad, TARGETS, THETA, **shared)
+""",
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_in_shard_map(name):
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    source = str(Path(__file__).parent.parent / "src")
+    path = os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])
+    program = PROGRAM + CHECKS[name].replace("DESCENT", DESCENT)
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
