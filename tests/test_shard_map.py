@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = """
+import functools
 import jax, jax.numpy as jnp, numpy as np, optax, optimistix as optx
 jax.config.update("jax_enable_x64", True)
 from jax.sharding import PartitionSpec as P
@@ -60,7 +61,7 @@ CHECKS = {
     "every device a problem": """
 for options in (
     (), (bx.LBFGS(rtol=1e-9), bx.Implicit(bx.CG(rtol=1e-10))), (DESCENT),
-    (optx.BFGS(1e-9, 1e-9), bx.Implicit(bx.MINRES(rtol=1e-9))), (None, bx.KStep(60, 0.4)),
+    (optx.BFGS(1e-8, 1e-8), bx.Implicit(bx.MINRES(rtol=1e-9))),
 ):
     close(sharded(lambda t, th: through_argmin(bx.Minimum(inner, t[0]), th[0], *options)[None],
                   TARGETS, THETAS), EACH)
@@ -75,9 +76,20 @@ close(sharded(lambda t, th: jax.jacrev(lambda th: estimate(inner, t[0], th).grad
 shared = dict(specs=(P("i"), P()), out=P())
 close(sharded(lambda t, th: through_argmin(bx.Minimum(inner, t[0]), th), TARGETS, THETA, **shared),
       EACH.sum(0))
-of_closure = lambda t: jax.grad(lambda t: jnp.sum(
-    bx.argmin(lambda x, th: inner(x, th, t))(X0, THETA) ** 2))(t)
-close(sharded(lambda t, _: of_closure(t[0])[None], TARGETS, THETAS), 2 * TARGETS * S**2)
+def recursive(t):
+    def fn(x, th, depth=1):
+        return fn(x, th, depth - 1) if depth else inner(x, th, t)
+    return fn
+class Model:
+    def __init__(self, t):
+        self.loss = jax.jit(lambda x, th: inner(x, th, t))
+    def __call__(self, x, th):
+        return self.loss(x, th)
+of_closure = lambda make, t: jax.grad(
+    lambda t: jnp.sum(bx.argmin(make(t))(X0, THETA) ** 2))(t)
+for make in (recursive, Model, lambda t: functools.partial(inner, t=t)):
+    close(sharded(lambda t, _: of_closure(make, t[0])[None], TARGETS, THETAS),
+          2 * TARGETS * S**2)
 summed = lambda t, th: jax.grad(lambda th: jax.lax.psum(
     outer(bx.argmin(bx.Minimum(inner, t[0]))(X0, th), th), "i"))(th)
 close(sharded(summed, TARGETS, THETA, **shared), EACH.sum(0))

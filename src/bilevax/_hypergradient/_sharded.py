@@ -1,6 +1,5 @@
 """Inside `jax.shard_map`: every device solves a problem of its own, or all solve one."""
 
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import PyTree
 
 from .._problem import Bilevel, bind, start_at
+from ._captured import Replaced, is_tracer
 
 _COMMUNICATES = (
     "Inside jax.shard_map this problem communicates between devices ({}). Where each device has "
@@ -42,19 +42,20 @@ def by_device(fn: Callable, problem: Bilevel, x0: PyTree, theta: PyTree, *args: 
     if not _is_inside():
         return fn(*args)
     arrays: list[Any] = []
-    _map_arrays(arrays.append, args)
+    _map_traced(arrays.append, args)
     axes = frozenset().union(*map(_varying, arrays))
     if not axes:
         return fn(*args)
-    apart = _map_arrays(lambda a: _differing(a, axes), args)
-    collective = _communicates(*apart[:3])
+    mesh = jax.sharding.get_abstract_mesh()
+    local = _map_traced(lambda a: _retype(_differing(a, axes), frozenset(), _NO_MESH), args)
+    with jax.sharding.use_abstract_mesh(_NO_MESH):
+        collective = _communicates(*local[:3], frozenset(mesh.axis_names))
+        if collective is None:
+            out = fn(*local)
     if collective is not None:
         return _together(fn, args, collective)
-    mesh = jax.sharding.get_abstract_mesh()
-    local = _map_arrays(lambda a: _retype(a, frozenset(), _NO_MESH), apart)
-    with jax.sharding.use_abstract_mesh(_NO_MESH):
-        out = fn(*local)
-    return _map_arrays(lambda a: _retype(a, axes, mesh), out)
+    # What came out as a constant is equal on all devices; said to differ, as the rest is.
+    return jtu.tree_map(lambda a: _retype(a, axes, mesh) if eqx.is_array(a) else a, out)
 
 
 def _together(fn: Callable, args: tuple, collective: str) -> Any:
@@ -66,9 +67,8 @@ def _together(fn: Callable, args: tuple, collective: str) -> Any:
         raise TypeError(_COMMUNICATES.format(collective)) from error
 
 
-def _communicates(problem: Bilevel, x0: PyTree, theta: PyTree) -> str | None:
-    """The name of what communicates in the functions of a problem."""
-    axes = set(jax.sharding.get_abstract_mesh().axis_names)
+def _communicates(problem: Bilevel, x0: PyTree, theta: PyTree, axes: frozenset) -> str | None:
+    """The name of what communicates along `axes` in the functions of a problem."""
     bound, start, theta = bind(problem, x0, theta)
 
     def both(x: PyTree, theta: PyTree) -> tuple:
@@ -99,33 +99,14 @@ def _is_inside() -> bool:
     return mesh is not None and bool(getattr(mesh(), "manual_axes", ()))
 
 
-def _map_arrays(change: Callable, tree: Any) -> Any:
-    """`change` of every array, also of those that functions close over."""
-
-    def mapped(leaf: Any) -> Any:
-        if isinstance(leaf, types.FunctionType) and leaf.__closure__:
-            return _with_cells(leaf, tuple(map(mapped_cell, leaf.__closure__)))
-        return change(leaf) if eqx.is_array(leaf) else leaf
-
-    def mapped_cell(cell: types.CellType) -> types.CellType:
-        try:
-            return types.CellType(_map_arrays(change, cell.cell_contents))
-        except ValueError:  # not yet filled
-            return cell
-
-    return jtu.tree_map(mapped, tree)
-
-
-def _with_cells(fn: types.FunctionType, cells: tuple) -> types.FunctionType:
-    new = types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, cells)
-    new.__kwdefaults__ = fn.__kwdefaults__
-    new.__dict__.update(fn.__dict__)
-    return new
+def _map_traced(change: Callable, tree: Any) -> Any:
+    """`change` of every traced array, also of those that functions hold."""
+    return Replaced(tree, is_tracer, change).tree
 
 
 def _varying(array: Any) -> frozenset:
     """The axes of the mesh along which `array` differs."""
-    if not isinstance(array, jax.core.Tracer):
+    if not is_tracer(array):
         return frozenset()
     aval: Any = jax.typeof(array)
     kind = getattr(aval, "manual_axis_type", None)
