@@ -47,13 +47,13 @@ def by_device(fn: Callable, problem: Bilevel, x0: PyTree, theta: PyTree, *args: 
     if not axes:
         return fn(*args)
     mesh = jax.sharding.get_abstract_mesh()
-    local = _map_traced(lambda a: _retype(_differing(a, axes), frozenset(), _NO_MESH), args)
-    with jax.sharding.use_abstract_mesh(_NO_MESH):
-        collective = _communicates(*local[:3], frozenset(mesh.axis_names))
-        if collective is None:
-            out = fn(*local)
+    apart = _map_traced(lambda a: _differing(a, axes), args)
+    local = _map_traced(lambda a: _retype(a, frozenset(), _NO_MESH), apart)
+    collective = _communicates(apart[:3], local[:3], frozenset(mesh.axis_names))
     if collective is not None:
         return _together(fn, args, collective)
+    with jax.sharding.use_abstract_mesh(_NO_MESH):
+        out = fn(*local)
     # What came out as a constant is equal on all devices; said to differ, as the rest is.
     return jtu.tree_map(lambda a: _retype(a, axes, mesh) if eqx.is_array(a) else a, out)
 
@@ -67,27 +67,43 @@ def _together(fn: Callable, args: tuple, collective: str) -> Any:
         raise TypeError(_COMMUNICATES.format(collective)) from error
 
 
-def _communicates(problem: Bilevel, x0: PyTree, theta: PyTree, axes: frozenset) -> str | None:
+def _communicates(apart: tuple, local: tuple, axes: frozenset) -> str | None:
     """The name of what communicates along `axes` in the functions of a problem."""
+    try:
+        jaxpr = _traced(*apart)
+    except (TypeError, ValueError) as error:
+        # JAX' account refuses a loop of the user's that is right on a single device, where
+        # in its turn nothing can communicate.
+        try:
+            with jax.sharding.use_abstract_mesh(_NO_MESH):
+                jaxpr = _traced(*local)
+        except Exception:
+            raise error from None
+    return _find(jaxpr, axes)
+
+
+def _traced(problem: Bilevel, x0: PyTree, theta: PyTree) -> Any:
+    """The functions of a problem, as JAX sees them."""
     bound, start, theta = bind(problem, x0, theta)
 
     def both(x: PyTree, theta: PyTree) -> tuple:
         return eqx.filter((bound.inner(x, theta), bound.outer_value(x, theta)), eqx.is_array)
 
-    def find(jaxpr: Any) -> str | None:
-        for equation in jaxpr.eqns:
-            params = equation.params
-            names = params.get("axes", params.get("axis_name", ()))
-            named = {names} if isinstance(names, str) else set(jtu.tree_leaves(names))
-            if equation.primitive.name != "pvary" and named & axes:
-                return equation.primitive.name
-            for inside in jtu.tree_leaves(tuple(params.values()), is_leaf=_is_jaxpr):
-                found = find(inside) if _is_jaxpr(inside) else None
-                if found is not None:
-                    return found
-        return None
+    return jax.make_jaxpr(both)(start_at(start, theta), theta)
 
-    return find(jax.make_jaxpr(both)(start_at(start, theta), theta))
+
+def _find(jaxpr: Any, axes: frozenset) -> str | None:
+    for equation in jaxpr.eqns:
+        params = equation.params
+        names = params.get("axes", params.get("axis_name", ()))
+        named = {names} if isinstance(names, str) else set(jtu.tree_leaves(names))
+        if equation.primitive.name != "pvary" and named & axes:
+            return equation.primitive.name
+        for inside in jtu.tree_leaves(tuple(params.values()), is_leaf=_is_jaxpr):
+            found = _find(inside, axes) if _is_jaxpr(inside) else None
+            if found is not None:
+                return found
+    return None
 
 
 def _is_jaxpr(value: Any) -> bool:
