@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 PROGRAM = """
@@ -35,11 +36,12 @@ def together(x, theta, t):
 def outer(x, theta):
     return jnp.sum(x**2)
 
-def sharded(fn, *args, specs=(P("i"), P("i")), out=P("i")):
-    return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out))(*args)
+def sharded(fn, *args, specs=(P("i"), P("i")), out=P("i"), **options):
+    mapped = jax.shard_map(fn, in_specs=specs, out_specs=out, **{"mesh": mesh, **options})
+    return jax.jit(mapped)(*args)
 
-def through_argmin(condition, theta, solver=None, rule=None):
-    x_star = bx.argmin(condition, solver, rule)
+def through_argmin(condition, theta, solver=None, rule=None, throw=True):
+    x_star = bx.argmin(condition, solver, rule, throw=throw)
     return jax.grad(lambda theta: outer(x_star(X0, theta), theta))(theta)
 
 def estimate(fn, t, theta, outer=outer, **options):
@@ -48,11 +50,11 @@ def estimate(fn, t, theta, outer=outer, **options):
 def close(got, want, rtol=1e-6):
     np.testing.assert_allclose(got, want, rtol=rtol, atol=1e-9)
 
-def refused(fn, *args, **options):
+def refused(fn, *args, saying="communicates", **options):
     try:
         sharded(fn, *args, **options)
     except TypeError as error:
-        assert "communicates" in str(error) and "bx.argmin" in str(error), error
+        assert saying in str(error) and "bx.argmin" in str(error), error
     else:
         raise AssertionError("not refused")
 """
@@ -105,10 +107,24 @@ refused(lambda t, th: through_argmin(bx.Minimum(together, t[0]), th), TARGETS, T
 refused(lambda t, th: through_argmin(bx.Minimum(together, t[0]), th[0])[None], TARGETS, THETAS)
 summed = lambda x, th: jax.lax.psum(outer(x, th), "i")
 refused(lambda t, th: estimate(inner, t[0], th, summed).grad, TARGETS, THETA, **shared)
+own = lambda x, th: inner(x, th, TARGETS[jax.lax.axis_index("i")])
+refused(lambda t, th: through_argmin(own, th[0])[None], TARGETS, THETAS, saying="axis_index")
+""",
+    "a mesh of two axes": """
+square = jax.make_mesh((2, 2), ("i", "j"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+both = P(("i", "j"))
+close(sharded(lambda t, th: through_argmin(bx.Minimum(inner, t[0]), th[0])[None], TARGETS, THETAS,
+              specs=(both, both), out=both, mesh=square), EACH)
+partly = dict(mesh=square, axis_names={"i"})
+per_row = lambda throw: lambda t, th: through_argmin(
+    bx.Minimum(inner, t[0]), th[0], throw=throw)[None]
+close(sharded(per_row(False), TARGETS[:2], THETAS[:2], **partly), EACH[:2])
+refused(per_row(True), TARGETS[:2], THETAS[:2], saying="throw=False", **partly)
 """,
 }
 
 
+@pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="an older JAX: check_vma=False")
 @pytest.mark.parametrize("name", CHECKS)
 def test_in_shard_map(name):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"

@@ -11,7 +11,7 @@ import jax.core
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-_JITTED = type(jax.jit(lambda: None))
+_JITTED: Any = type(jax.jit(lambda: None))
 _EMPTY: Any = object()
 
 
@@ -23,11 +23,9 @@ class Replaced:
     """`tree`, with `change(value)` for all of `is_chosen` in it and in what its functions hold.
 
     What holds none is left alone, so that state which several functions share stays shared.
-    `has_copies`: an object other than a function was copied to that end.
     """
 
     def __init__(self, tree: PyTree, is_chosen: Callable, change: Callable) -> None:
-        self.has_copies = False
         self._is_chosen, self._change = is_chosen, change
         self._seen: dict[int, tuple[Any, Any]] = {}
         self.tree = self._of(tree)
@@ -70,7 +68,6 @@ class Replaced:
         elif isinstance(value, _JITTED):
             self._seen[id(value)] = value, self._of(value.__wrapped__)
         else:
-            self.has_copies = True
             new = copy.copy(value)
             self._seen[id(value)] = value, new
             for name, part in vars(value).items():

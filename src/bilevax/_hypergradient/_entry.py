@@ -93,7 +93,7 @@ def hypergradient(
     theta = as_arrays(theta)
 
     args = (problem, x0, theta, inner_solver, rule, state)
-    return EstimateAndState(*by_device(partial(_hypergradient, throw=throw), *args))
+    return EstimateAndState(*by_device(partial(_hypergradient, throw=throw), *args, throw=throw))
 
 
 def _hypergradient(
@@ -170,9 +170,9 @@ def argmin(
 ) -> Callable[[PyTree, PyTree], PyTree]:
     """The solution map `x*(theta)` as a differentiable function.
 
-    `jax.grad`, `jvp`, `vmap`, `jit` pass through it, and for `Implicit` second derivatives
-    too. `inner` may close over anything, traced values included; those are differentiated
-    as theta is.
+    `jax.grad`, `jvp`, `vmap`, `jit`, `shard_map` pass through it, and for `Implicit` second
+    derivatives too. `inner` may close over anything, traced values included; those are
+    differentiated as theta is.
 
     **Arguments:**
 
@@ -214,7 +214,7 @@ def argmin(
     def x_star(x0: PyTree, theta: PyTree) -> PyTree:
         x0 = start_as_arrays(x0)
         theta = as_arrays(theta)
-        return by_device(solved, problem, x0, theta, inner_solver, differentiate)
+        return by_device(solved, problem, x0, theta, inner_solver, differentiate, throw=throw)
 
     def solved(
         problem: Bilevel,

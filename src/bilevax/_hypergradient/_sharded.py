@@ -5,7 +5,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.core
 import jax.tree_util as jtu
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -22,11 +21,23 @@ _COMMUNICATES = (
     "bx.hypergradient with bx.NewtonCG() or bx.LBFGS() takes its derivative, and so does "
     "bx.argmin with rule=bx.Unrolled() and bx.Descent(...)."
 )
+_OWN_INDEX = (
+    "Inside jax.shard_map this problem asks for jax.lax.axis_index in its objectives. Ask outside, "
+    "where bx.argmin or bx.hypergradient is called, and let the objectives close over the answer, "
+    "or over what it selects: data = all_data[jax.lax.axis_index(...)]."
+)
+_CANNOT_RAISE = (
+    "Inside a jax.shard_map that leaves axes of the mesh to the compiler ({}) JAX can run no "
+    "callback, so that a failure cannot be raised. Pass throw=False: what failed is then NaN in "
+    "bx.argmin, and named by estimate.result in bx.hypergradient. Or map over all axes of the mesh."
+)
 # What JAX, Lineax and Optimistix say of values whose types differ in what they vary along.
 _OF_TYPES = ("varying", "{V:", "structure")
 
 
-def by_device(fn: Callable, problem: Bilevel, x0: PyTree, theta: PyTree, *args: PyTree) -> Any:
+def by_device(
+    fn: Callable, problem: Bilevel, x0: PyTree, theta: PyTree, *args: PyTree, throw: bool
+) -> Any:
     """`fn(problem, x0, theta, *args)`, inside `jax.shard_map` on every device by itself.
 
     JAX keeps account of which values differ from device to device, and asks of a loop that
@@ -41,12 +52,15 @@ def by_device(fn: Callable, problem: Bilevel, x0: PyTree, theta: PyTree, *args: 
     args = (problem, x0, theta, *args)
     if not _is_inside():
         return fn(*args)
+    mesh = jax.sharding.get_abstract_mesh()
+    left = sorted(set(mesh.axis_names) - set(mesh.manual_axes))
+    if throw and left:
+        raise TypeError(_CANNOT_RAISE.format(", ".join(left)))
     arrays: list[Any] = []
     _map_traced(arrays.append, args)
     axes = frozenset().union(*map(_varying, arrays))
     if not axes:
         return fn(*args)
-    mesh = jax.sharding.get_abstract_mesh()
     apart = _map_traced(lambda a: _differing(a, axes), args)
     local = _map_traced(lambda a: _retype(a, frozenset(), _NO_MESH), apart)
     collective = _communicates(apart[:3], local[:3], frozenset(mesh.axis_names))
@@ -64,7 +78,8 @@ def _together(fn: Callable, args: tuple, collective: str) -> Any:
     except (TypeError, ValueError) as error:
         if not any(word in str(error) for word in _OF_TYPES):
             raise
-        raise TypeError(_COMMUNICATES.format(collective)) from error
+        message = _OWN_INDEX if collective == "axis_index" else _COMMUNICATES
+        raise TypeError(message.format(collective)) from error
 
 
 def _communicates(apart: tuple, local: tuple, axes: frozenset) -> str | None:
@@ -77,7 +92,7 @@ def _communicates(apart: tuple, local: tuple, axes: frozenset) -> str | None:
         try:
             with jax.sharding.use_abstract_mesh(_NO_MESH):
                 jaxpr = _traced(*local)
-        except Exception:
+        except (TypeError, ValueError, AssertionError):
             raise error from None
     return _find(jaxpr, axes)
 
@@ -111,8 +126,9 @@ def _is_jaxpr(value: Any) -> bool:
 
 
 def _is_inside() -> bool:
-    mesh = getattr(jax.sharding, "get_abstract_mesh", None)
-    return mesh is not None and bool(getattr(mesh(), "manual_axes", ()))
+    if not hasattr(jax.lax, "pcast"):  # an older JAX: jax.shard_map(..., check_vma=False)
+        return False
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def _map_traced(change: Callable, tree: Any) -> Any:
