@@ -58,7 +58,7 @@ def convergence(
     for number in asked:
         if number is not None:
             rtol = jnp.maximum(rtol, jnp.asarray(number, rtol.dtype))
-    seen = measure(condition, x, x0, theta, rtol, None, 0, Counts())  # type: ignore[arg-type]
+    seen = measure(condition, x, x0, theta, rtol, None, 0, Counts())
     is_solution = (seen.result == RESULTS.successful) | (seen.result == RESULTS.stalled)
     reached = rtol * seen.residual / jnp.where(seen.tolerance > 0, seen.tolerance, 1)
     linear = 3 * (1 + jnp.asarray(steps, reached.dtype)) * reached

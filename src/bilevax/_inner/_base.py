@@ -122,8 +122,8 @@ def measure(
     x: PyTree,
     x0: PyTree,
     theta: PyTree,
-    rtol: float | None,
-    atol: float | None,
+    rtol: Array | float | None,
+    atol: Array | float | None,
     num_steps: object,
     counts: Counts,
 ) -> InnerSolution:
