@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
+from .._linear._in_turn import in_turn
 from .._tree import (
     dense_columns,
     flat_to_tree,
@@ -91,7 +92,7 @@ def dense_newton(
     def solve() -> tuple[Array, Scalar]:
         columns = dense_columns(product, gradient).astype(work)
         g, magnitude = (tree_to_flat(a).astype(work) for a in (gradient, z))
-        step = _step(columns, -g)
+        step = in_turn(_step, size)(columns, -g)
         fixed = jax.lax.stop_gradient((columns, g, magnitude, step))
         return step.astype(dtype), _compared_with(*fixed, rtol).astype(dtype)
 

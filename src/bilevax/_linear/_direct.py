@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from .._tree import (
 )
 from ._base import AbstractIterativeLinearSolver, LinearSolution
 from ._common import scaled_start
+from ._in_turn import in_turn
 
 # Eigenvalues below this many rounding errors, per variable, count as zero. The columns err
 # by a few each (more where they sum over many samples), the factorisation by about one for
@@ -92,12 +94,12 @@ class Direct(AbstractIterativeLinearSolver):
             return _solution(b, jnp.zeros(()), jnp.zeros(()), 0, RESULTS.successful)
         dtype, work = tree_dtype(b), working_dtype(b)
         flat, columns = tree_to_flat(b).astype(work), dense_columns(matvec, b).astype(work)
-        is_finite = jnp.all(jnp.isfinite(columns)) & jnp.all(jnp.isfinite(flat))
-        columns = jnp.where(is_finite, columns, 0)
+        is_known = jnp.all(jnp.isfinite(columns))
+        is_finite = is_known & jnp.all(jnp.isfinite(flat))
+        # What b is has no part in the factorisation: one serves a batch of them.
+        columns = jnp.where(is_known, columns, 0)
         flat = jnp.where(is_finite, flat, 0)
-        spectrum = (_eigenvalues if self.is_symmetric else _singular_values)(columns, dtype)
-        if self.minimum_norm:
-            spectrum = spectrum.with_projections()
+        spectrum = in_turn(partial(self._spectrum, dtype=dtype), size)(columns)
 
         first = spectrum.solve(flat)
         product = tree_to_flat(matvec(flat_to_tree(first.astype(dtype), b)))
@@ -124,6 +126,10 @@ class Direct(AbstractIterativeLinearSolver):
         value = tree_scale(scale, flat_to_tree(value.astype(dtype), b))
         relative, tolerance = relative.astype(dtype), tolerance.astype(dtype)
         return _solution(value, relative, tolerance, size + 1, result)
+
+    def _spectrum(self, columns: Float[Array, "d d"], dtype: Any) -> "_Spectrum":
+        spectrum = (_eigenvalues if self.is_symmetric else _singular_values)(columns, dtype)
+        return spectrum.with_projections() if self.minimum_norm else spectrum
 
     def compute(self, state: Any, vector: PyTree[Array], options: dict[str, Any]) -> Any:
         is_symmetric = self.is_symmetric and lx.is_symmetric(state)
