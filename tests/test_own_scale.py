@@ -67,6 +67,25 @@ def test_one_stiff_variable_does_not_set_the_scale_of_all():
         assert is_right_or_flagged(estimate, exact) or solver != "default"
 
 
+def test_an_adjoint_system_in_which_small_variables_hide():
+    """Beyond the size of a factorisation the residual is one norm: flagged, with a remedy."""
+    rng = np.random.default_rng(0)
+    weights, target = jnp.asarray(10.0 ** rng.uniform(-8, 1, 40)), jnp.asarray(rng.normal(size=40))
+    x0, theta = jnp.ones(40), jnp.asarray(2.0)
+
+    def outer(x, theta, weight):
+        return target @ jnp.log(x)
+
+    estimate = hypergradient(barrier, outer, x0, theta, weights)
+    assert estimate.result == bx.RESULTS.adjoint_not_converged
+    rule = bx.Implicit(bx.CG(), preconditioner=bx.Jacobi())
+    remedied = hypergradient(barrier, outer, x0, theta, weights, rule=rule)
+    assert remedied.result == bx.RESULTS.successful
+    np.testing.assert_allclose(remedied.grad, -jnp.sum(target) / 2, rtol=1e-6)
+    x_star = bx.argmin(bx.Minimum(barrier, weights), throw=False)
+    assert jnp.isnan(jax.grad(lambda theta: outer(x_star(x0, theta), theta, None))(theta))
+
+
 def scaled_inner(x, theta, data):
     y = data["unit"] * x
     loss = jnp.sum(jnp.log(jnp.cosh(data["c"] @ y - theta)))
@@ -228,3 +247,26 @@ def test_terms_that_cancel_do_not_make_a_row_small():
             scales.append(float(compare(gradient, product, parts).scale) / (8 * z[i]))
     assert np.min(scales) > 1e-3
     assert np.median(scales) > 0.5
+
+
+def test_a_batch_of_dense_systems_does_not_wait_for_itself():
+    """Two batched factorisations side by side stop XLA's threads for ever on two cores."""
+    num, size = 3, 100
+    root = jax.random.normal(jax.random.key(0), (num, size, 2 * size))
+    A, b = root @ root.mT / size, jax.random.normal(jax.random.key(1), (num, size))
+
+    def inner(x, theta, data):
+        A, b = data
+        curved = 0.1 * jnp.sum(jnp.logaddexp(x, -x))
+        return 0.5 * x @ A @ x - b @ x + 0.5 * jnp.exp(theta) * jnp.sum(x**2) + curved
+
+    def estimate(A, b):
+        problem = bx.Bilevel(inner, lambda x, theta: jnp.sum((x - 1.0) ** 2), (A, b))
+        solver, rule = bx.NewtonCG(dense=True), bx.Implicit(bx.Direct(), error_estimate=True)
+        at = jnp.zeros(size), jnp.asarray(0.3)
+        return bx.hypergradient(problem, *at, inner_solver=solver, rule=rule, throw=False)[0]
+
+    batch = jax.jit(jax.vmap(estimate))(A, b)
+    alone = [jax.jit(estimate)(*row) for row in zip(A, b, strict=True)]
+    assert jnp.all(batch.result == bx.RESULTS.successful)
+    assert jnp.allclose(batch.grad, jnp.stack([a.grad for a in alone]), rtol=1e-10)

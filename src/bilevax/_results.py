@@ -21,8 +21,9 @@ class RESULTS(eqx.Enumeration):
         "what is enough, bx.External(fn, rtol=1e-5)."
     )
     adjoint_not_converged = (
-        "The adjoint system was not solved to its tolerance. Raise max_steps of the "
-        "linear solver, precondition it, loosen its rtol, or ask for a fixed number of "
+        "The adjoint system was not solved to its tolerance, or not for the variables of "
+        "smaller scale. Raise max_steps of the linear solver, precondition it (bx.Jacobi() "
+        "where variables differ in scale), loosen its rtol, or ask for a fixed number of "
         "steps (num_steps=...), whose residual is then reported and not flagged."
     )
     negative_curvature = (

@@ -4,24 +4,31 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Int, PyTree, Scalar
 
+from .._inner._own_scale import norm
 from .._linear import (
     Direct,
     LinearSolution,
     default_linear_solver,
     solve_linear,
 )
+from .._linear._common import signs_like
 from .._results import RESULTS, first_failure
-from .._tree import map_rows, tree_size
+from .._tree import map_rows, tree_size, tree_sub
 from ._linearise import Linearised
 
 # Up to this size evidence comes from a dense factorisation: it is exact, and its products
 # are one matrix product.
 DENSE_EVIDENCE = 256
+# Of the effect of the variables on the outer objective, what a solve may leave out.
+_LEFT = 1e-2
+# How much more than the accuracy asked for in one norm of all entries.
+_COARSER = 10.0
 
 
 def with_rtol(solver: Any, rtol: Scalar | float) -> Any:
@@ -40,6 +47,43 @@ def evidence_solver(
     if solver is None:
         solver = default_linear_solver(is_symmetric, tree_size(x))
     return with_rtol(solver, rtol)
+
+
+def in_own_scale(
+    adjoint: LinearSolution,
+    matvec: Callable[[PyTree], PyTree],
+    b: PyTree[Array],
+    product: PyTree[Array],
+    x: PyTree[Array],
+) -> LinearSolution:
+    """`adjoint`, flagged where its residual hides an unsolved variable of another scale.
+
+    The residual of a linear solver is one norm of all entries, and the largest entries of
+    `b` belong to the smallest variables. In the units of x, `||x r|| / ||x b||` entry by entry
+    is what is left of the effect of relative changes of x. What is flagged is gross, so that
+    a solve to few digits in one unit for all is not. Where `x b` says nothing, because the
+    outer objective does not see the variables that are large, the terms of `A v` do, for
+    one more product.
+    """
+    x, b, residual, v = jax.lax.stop_gradient((x, b, tree_sub(b, product), adjoint.value))
+
+    def weighed(a: PyTree) -> Scalar:
+        return norm(jtu.tree_map(jnp.multiply, x, a))
+
+    left, size = weighed(residual), weighed(b)
+    asked = adjoint.tolerance / jnp.where(size > 0, norm(b), 1)
+    may_leave = jnp.maximum(_LEFT, _COARSER * asked)
+    is_open = (adjoint.result == RESULTS.successful) & (left > may_leave * size)
+    is_open &= jnp.isfinite(adjoint.tolerance)  # a number of steps was asked for
+
+    def terms() -> Scalar:
+        return weighed(matvec(jtu.tree_map(lambda a: a * signs_like(a), v)))
+
+    size = jnp.maximum(size, jax.lax.cond(is_open, terms, lambda: size))
+    is_hidden = is_open & (left > may_leave * size)
+    result = RESULTS.where(is_hidden, RESULTS.adjoint_not_converged, adjoint.result)
+    num_products = adjoint.num_products + is_open.astype(jnp.int32)
+    return eqx.tree_at(lambda s: (s.result, s.num_products), adjoint, (result, num_products))
 
 
 class NewtonSteps(eqx.Module):

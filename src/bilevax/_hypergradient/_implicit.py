@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, PyTree, Scalar
 from .._inner._base import AbstractInnerSolver, Counts
 from .._linear import (
     AbstractIterativeLinearSolver,
+    Direct,
     LinearSolution,
     default_linear_solver,
     resume_linear,
@@ -32,6 +33,7 @@ from .._tree import (
     tree_zeros_like,
 )
 from ._accuracy import estimate_to_accuracy, first_tolerances
+from ._adjoint import in_own_scale
 from ._base import (
     AbstractHypergradient,
     Estimate,
@@ -196,7 +198,11 @@ class Implicit(AbstractHypergradient):
         )
         # 3. the hypergradient, and the residual of the adjoint system in the same pass
         product, cross = at.both(adjoint.value)
-        adjoint = verify(adjoint, outer.grad_x, self._damped(product, adjoint.value))
+        damped = self._damped(product, adjoint.value)
+        adjoint = verify(adjoint, outer.grad_x, damped)
+        if not isinstance(self._solver(x, condition.is_symmetric), Direct):
+            matvec = self._damped_product(at.adjoint)
+            adjoint = in_own_scale(adjoint, matvec, outer.grad_x, damped, x)
         grad = tree_sub(outer.grad_theta, cross)
         result = first_failure(
             self.inner_result(inner.result),
@@ -335,7 +341,12 @@ class Implicit(AbstractHypergradient):
         at = Linearised(b, matvec, matvec, lambda v: (matvec(v), None))
         memory = self._memory(condition, x)
         adjoint, _, _ = self._solve(at, b, None, condition, x, theta, inner_state, memory)
-        return verify(adjoint, b, self._damped_product(matvec)(adjoint.value))
+        damped = self._damped_product(matvec)
+        product = damped(adjoint.value)
+        adjoint = verify(adjoint, b, product)
+        if isinstance(self._solver(x, condition.is_symmetric), Direct):
+            return adjoint
+        return in_own_scale(adjoint, damped, b, product, x)
 
     def _solve(
         self,

@@ -35,7 +35,8 @@ class Refined(eqx.Module):
     last_change: Scalar
     inner_residual: Scalar
     adjoint_residual: Scalar
-    is_contracting: Bool[Array, ""]  # the residual has halved, or is down to rounding
+    step: Scalar  # of x to the next evaluation
+    is_contracting: Bool[Array, ""]  # residual and step have halved, or are down to rounding
     # the next one
     next_x: PyTree[Array]
     # reported
@@ -51,7 +52,7 @@ def start(x: PyTree, v: PyTree, grad: PyTree | None, theta: PyTree) -> Refined:
     inf = jnp.full((), jnp.inf, tree_norm(x).dtype)
     inf_theta = jnp.full((), jnp.inf, tree_norm(theta).dtype)
     zero = jnp.zeros((), jnp.int32)
-    measured = (inf_theta, inf_theta, inf, inf, jnp.array(True))
+    measured = (inf_theta, inf_theta, inf, inf, inf, jnp.array(True))
     return Refined(x, v, grad, *measured, x, zero, zero, zero, RESULTS.successful)
 
 
@@ -85,7 +86,17 @@ def refine(
     # its Frobenius norm.
     probe = jtu.tree_map(signs_like, x)
     size_A = jnp.sqrt(tree_size(x)) * tree_norm(at.forward(probe)) / tree_norm(probe)
-    floor = _ROUNDING * float(jnp.finfo(residual.dtype).eps) * size_A * tree_norm(x)
+    eps = float(jnp.finfo(residual.dtype).eps)
+    is_rounding = residual <= _ROUNDING * eps * size_A * tree_norm(x)
+    # Larger terms may cancel within the user's function, of which nothing is known here: a
+    # step that moves no variable by more than this is not to be halved.
+    moves = jtu.tree_map(
+        lambda d, a: jnp.any(jnp.abs(d) > eps ** (2 / 3) * jnp.abs(a)), steps.dx, x
+    )
+    is_rounding |= ~jnp.any(jnp.array(jtu.tree_leaves(moves), bool))
+    # The residual alone sees the stiff directions: in a soft one x may still have to move.
+    step = tree_norm(steps.dx)
+    is_shorter = (residual <= 0.5 * s.inner_residual) & (step <= 0.5 * s.step)
     return Refined(
         x=x,
         v=v,
@@ -94,7 +105,8 @@ def refine(
         last_change=s.change,
         inner_residual=residual,
         adjoint_residual=adjoint_residual / jnp.where(norm_b > 0, norm_b, 1),
-        is_contracting=(residual <= 0.5 * s.inner_residual) | (residual <= floor),
+        step=step,
+        is_contracting=is_shorter | is_rounding,
         next_x=tree_sub(x, steps.dx),
         num_refinements=s.num_refinements + 1,
         num_steps=s.num_steps + steps.num_steps,
