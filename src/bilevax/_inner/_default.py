@@ -6,30 +6,40 @@ import optax
 import optimistix as optx
 from jaxtyping import PyTree
 
-from .._problem import AbstractCondition, FixedPoint, Root
+from .._problem import AbstractCondition, FixedPoint, objective
 from .._tree import default_rtol, tree_size
 from ._base import AbstractInnerSolver
+from ._damped_newton import DampedNewton
 from ._external import Given
 from ._measured import AbstractMeasuredMinimiser
 from ._newton_cg import NewtonCG
 from ._optimistix import Optimistix
+
+# By then Newton's method has arrived, also at a double root, or wanders; and as many shortened
+# steps, each of which may be halved a few times.
+_FULL_STEPS = 100
+
+
+def _for_equation(condition: AbstractCondition, x0: PyTree) -> Optimistix:
+    # A tenth: these stop on the step, and the residual is what we judge by; in the scale of
+    # the solution, whatever it is, so without `atol`.
+    rtol = default_rtol(x0)
+    is_fixed_point = isinstance(condition, FixedPoint)
+    first = (optx.FixedPointIteration if is_fixed_point else optx.Newton)(0.1 * rtol, 0.1 * rtol)
+    # `optx.Newton` has taken the full steps already.
+    second = DampedNewton(0.1 * rtol, 0.0, full_steps=_FULL_STEPS if is_fixed_point else 0)
+    fallback = Optimistix(second, max_steps=4 * _FULL_STEPS, rtol=rtol, atol=0.0)
+    return Optimistix(first, rtol=rtol, atol=0.0, fallback=fallback)
 
 
 def as_inner_solver(solver: Any, condition: AbstractCondition, x0: PyTree) -> AbstractInnerSolver:
     """`solver` as an `AbstractInnerSolver`; `None` is the default for the condition.
 
     `NewtonCG` for minima, Newton's method for roots, fixed-point iteration for fixed
-    points.
+    points; where these two give up, Newton's method, at last with steps that are shortened.
     """
     if solver is None:
-        # A tenth: these two stop on the step, and the residual is what we judge by.
-        tolerance = 0.1 * default_rtol(x0)
-        if isinstance(condition, Root):
-            solver = optx.Newton(rtol=tolerance, atol=tolerance)
-        elif isinstance(condition, FixedPoint):
-            solver = optx.FixedPointIteration(rtol=tolerance, atol=tolerance)
-        else:
-            solver = NewtonCG()
+        solver = NewtonCG() if objective(condition) is not None else _for_equation(condition, x0)
     if isinstance(solver, AbstractMeasuredMinimiser) and tree_size(x0) == 0:
         return Given()  # no inner variables: nothing to solve for
     if isinstance(solver, AbstractInnerSolver):

@@ -19,6 +19,7 @@ from .._tree import (
     tree_dtype,
     tree_norm,
     tree_size,
+    tree_where,
 )
 from ._base import ROUNDING, AbstractSteppingSolver, Counts, InnerSolution, measure, run
 from ._kinks import flag_kink
@@ -26,6 +27,7 @@ from ._lbfgs import LBFGS
 from ._lbfgs_history import empty_history
 from ._measured import AbstractMeasuredMinimiser
 from ._nelder_mead import ranked, simplex_around
+from ._own_scale import norm
 
 
 class Optimistix(AbstractSteppingSolver):
@@ -61,6 +63,9 @@ class Optimistix(AbstractSteppingSolver):
         for most) to the two-norm: times the root of the number of variables.
     - `options`: what Optimistix calls the options of a solver: `{"lower": 0.0, "upper":
         1.0}` for `optx.Bisection`, `{"jac": "bwd"}` for least squares, ...
+    - `fallback`: the solver that goes on where this one has not met its tolerance, from
+        its `x`, or from `x0` if the residual there is not ten times larger; its tolerance
+        then counts. Rules that differentiate steps take the steps of `solver` alone.
 
     **Cost:** one gradient a step is counted for solvers that do not count themselves,
     plus one gradient and one Hessian product for the measurement.
@@ -79,6 +84,7 @@ class Optimistix(AbstractSteppingSolver):
     rtol: float | None
     atol: float | None
     options: dict[str, Any]
+    fallback: "Optimistix | None"
 
     def __init__(
         self,
@@ -88,6 +94,7 @@ class Optimistix(AbstractSteppingSolver):
         rtol: float | None = None,
         atol: float | None = None,
         options: dict[str, Any] | None = None,
+        fallback: "optx.AbstractIterativeSolver | Optimistix | None" = None,
     ) -> None:
         if not isinstance(solver, optx.AbstractIterativeSolver):
             raise TypeError(
@@ -100,12 +107,21 @@ class Optimistix(AbstractSteppingSolver):
         self.rtol = rtol
         self.atol = atol
         self.options = {} if options is None else as_arrays(dict(options))
+        is_bare = isinstance(fallback, optx.AbstractIterativeSolver)
+        self.fallback = Optimistix(fallback) if is_bare else fallback
 
     @property
     def is_fixed_length(self) -> bool:
         return False
 
     def with_rtol(self, rtol: Scalar) -> "Optimistix | None":
+        first = self._with_own_rtol(rtol)
+        if first is None or self.fallback is None:
+            return first
+        fallback = self.fallback.with_rtol(rtol)
+        return first if fallback is None else eqx.tree_at(lambda s: s.fallback, first, fallback)
+
+    def _with_own_rtol(self, rtol: Scalar) -> "Optimistix | None":
         if isinstance(self.solver, AbstractMeasuredMinimiser):
             return eqx.tree_at(_own_rtol, self, rtol, is_leaf=_is_none)
         if not hasattr(self.solver, "rtol"):
@@ -165,6 +181,14 @@ class Optimistix(AbstractSteppingSolver):
     def solve(
         self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: PyTree
     ) -> tuple[InnerSolution, PyTree]:
+        solution, memory = self._solve(condition, x0, theta, state)
+        if self.fallback is None:
+            return solution, memory
+        return go_on(self.fallback, condition, x0, theta, solution), memory
+
+    def _solve(
+        self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: PyTree
+    ) -> tuple[InnerSolution, PyTree]:
         carry, count = run(self, condition, theta, self.start(condition, x0, theta, state))
         result = carry[3]
         x, stats = self._postprocess(condition, theta, carry)
@@ -188,7 +212,7 @@ class Optimistix(AbstractSteppingSolver):
         )
         return solution, self._memory(carry)
 
-    def _atol(self, x: PyTree) -> float | Scalar:
+    def _atol(self, x: PyTree) -> Any:
         """What the residual may be in the two-norm, `solver.atol` being in the solver's own."""
         if self.atol is not None:
             return self.atol
@@ -222,6 +246,32 @@ class Optimistix(AbstractSteppingSolver):
             fn, self._working(x), None, args, self.options, state, _TAGS, result
         )
         return tree_astype(y, tree_dtype(x)), stats
+
+
+def go_on(
+    solver: Optimistix,
+    condition: AbstractCondition,
+    x0: PyTree,
+    theta: PyTree,
+    first: InnerSolution,
+) -> InnerSolution:
+    """`first` or, where it is no solution, what `solver` finds from there or from `x0`."""
+
+    def second(_: tuple) -> tuple[Array, InnerSolution]:
+        before = norm(condition.residual(x0, theta))
+        # A slow iteration is gone on with; a cycle, or one that has run away, is left.
+        start = tree_where(first.residual < 0.1 * before, first.x, x0)
+        found, _ = solver.solve(condition, start, theta, solver.init(condition, start, theta))
+        is_better = (found.result == RESULTS.successful) | ~(found.residual >= first.residual)
+        is_better &= found.result != RESULTS.nonfinite
+        kept = tree_where(is_better, found, first)
+        spent = (first.num_steps + found.num_steps, first.counts + found.counts)
+        spent = (spent[0], spent[1] + Counts(gradients=1))
+        return jnp.zeros((), bool), eqx.tree_at(lambda s: (s.num_steps, s.counts), kept, spent)
+
+    # A loop of one turn or none, and not a branch, of which a batch would always take both.
+    is_needed = first.result != RESULTS.successful
+    return jax.lax.while_loop(lambda s: s[0], second, (is_needed, first))[1]
 
 
 _TAGS: frozenset[object] = frozenset()
