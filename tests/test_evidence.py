@@ -76,8 +76,8 @@ def test_dual_value_is_of_second_order():
 
 def test_without_a_modulus_there_is_no_bound_and_without_asking_no_estimate():
     estimate, _ = bx.hypergradient(ORACLE.problem, ORACLE.x0, THETA)
-    assert np.isinf(estimate.error_bound) and np.isnan(estimate.error_estimate)
-    assert estimate.damping_bias == 0
+    assert estimate.error_bound is None and estimate.error_estimate is None
+    assert estimate.damping_bias is None and estimate.adjoint_growth is None
     unrolled, _ = bx.hypergradient(
         ORACLE.problem,
         ORACLE.x0,
@@ -85,7 +85,8 @@ def test_without_a_modulus_there_is_no_bound_and_without_asking_no_estimate():
         inner_solver=bx.Descent(optax.sgd(0.5), 5),
         rule=bx.Unrolled(),
     )
-    assert np.isinf(unrolled.error_bound) and unrolled.dual_value == unrolled.value
+    assert unrolled.error_bound is None and unrolled.dual_value is None
+    assert unrolled.best_value == unrolled.value
 
 
 def test_an_x_outside_the_basin_of_newton_has_no_estimate():
@@ -322,3 +323,29 @@ def test_a_scalar_fixed_point_in_float32():
     for _ in range(100):
         x = 0.5 * np.cos(x) + 0.3
     assert float(estimate.grad) == pytest.approx(2 * x / (1 + 0.5 * np.sin(x)), rel=1e-3)
+
+
+def test_what_a_rule_does_not_know_is_none():
+    steps = bx.Descent(optax.sgd(0.1), 300)
+    adjoint = {"adjoint_residual", "dual_value"}
+    fields = adjoint | {"adjoint_tolerance", "error_estimate", "error_bound", "damping_bias", "v"}
+    for rule, solver, known in (
+        (bx.Implicit(), None, adjoint | {"adjoint_tolerance", "v"}),
+        # by tangents there is no `v`
+        (bx.MinimumNorm(), None, {"adjoint_residual", "adjoint_tolerance"}),
+        (bx.MinimumNorm(max_tangents=1), None, adjoint | {"adjoint_tolerance", "v"}),
+        (bx.SAMA(), steps, adjoint | {"error_estimate", "v"}),
+        (bx.KStep(5), steps, {"adjoint_residual", "error_estimate"}),
+        (bx.Unrolled(), steps, {"error_estimate"}),
+    ):
+        estimate, _ = bx.hypergradient(
+            ORACLE.problem, ORACLE.x0, THETA, inner_solver=solver, rule=rule, throw=False
+        )
+        found = {name for name in fields if getattr(estimate, name) is not None}
+        assert found == known, type(rule).__name__
+        for name in known - {"v"}:
+            assert not np.isnan(getattr(estimate, name)), (type(rule).__name__, name)
+        if "dual_value" in known:
+            x, inner = estimate.x, ORACLE.problem.inner
+            right = estimate.value - estimate.v @ jax.grad(inner)(x, THETA)
+            assert float(estimate.dual_value) == pytest.approx(float(right), rel=1e-12)

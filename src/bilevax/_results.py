@@ -125,3 +125,7 @@ class SolveError(RuntimeError):
     def __init__(self, message: str, result: RESULTS) -> None:
         super().__init__(message)
         self.result = result
+
+    def __reduce__(self) -> tuple:
+        # An exception is rebuilt from `args`, of which the outcome is none.
+        return type(self), (*self.args, self.result), self.__dict__

@@ -26,7 +26,7 @@ from ._outer._chunk import MAX_CHUNK, REASONS, columns, init_method, run_chunk
 from ._outer._double_loop import DoubleLoop
 from ._problem import Bilevel, as_arrays, bind, restore, start_as_arrays, start_at
 from ._reach._traced import refuse_traced
-from ._report._history import COUNTS, History
+from ._report._history import COUNTS, History, joined
 from ._report._interrupt import Interrupt
 from ._report._progress import Progress, progress_bar
 from ._report._solution import BestEvaluation, Solution
@@ -40,6 +40,7 @@ _INSTEAD = (
     "bx.argmin(value, bx.Given())(solution.theta, setting), where value(theta, setting) is the "
     "outer objective at bx.argmin(inner)."
 )
+_ANY = float(np.finfo(np.float32).max)  # a tolerance that every number meets
 _CHUNK_SECONDS = 0.05  # seldom enough to cost nothing, often enough for a person
 
 
@@ -188,7 +189,7 @@ class _Run:
             method = dataclasses.replace(method, inner_solver=given, start="warm")
         self.method = method
         self.state, self.best = init_method(self.problem, self.method, self.x0, theta)
-        self.rows: list[dict[str, np.ndarray]] = []
+        self.rows: list[dict[str, Any]] = []
         self.num_moves = 0
         self.num_rows = 0
         self.singular_since: int | None = None
@@ -241,13 +242,13 @@ class _Run:
         """Evaluate at the final theta; again, with warm starts, where that is flagged."""
         # A tolerance that every hypergradient meets stops at the first that is not flagged.
         num_evaluations = 1 if self.external is not None else _MAX_FINAL_EVALUATIONS
-        self.advance(num_moves=0, num_evaluations=num_evaluations, tolerance=np.inf)
+        self.advance(num_moves=0, num_evaluations=num_evaluations, tolerance=_ANY)
 
     def advance(self, num_moves: int, num_evaluations: int, tolerance: float) -> str | None:
         """One chunk; the reason to stop, if there is one."""
         if self.external is not None:
             self._solve_on_host(num_moves > 0)
-        (self.state, self.best), infos, count, reason = run_chunk(
+        (self.state, self.best), infos, known, count, reason = run_chunk(
             (self.state, self.best),
             self.problem,
             self.method,
@@ -260,27 +261,29 @@ class _Run:
         infos, count, reason = jax.device_get((infos, count, reason))
         count, why = int(count), REASONS[int(reason)]
         if why == "singular":
-            return self._go_over(infos, count, (num_moves, num_evaluations, tolerance))
-        self._record(infos, count, num_moves)
+            return self._go_over(infos, known, count, (num_moves, num_evaluations, tolerance))
+        self._record(infos, known, count, num_moves)
         return why
 
-    def _go_over(self, infos: Any, count: int, rest: tuple[int, int, float]) -> str | None:
+    def _go_over(
+        self, infos: Any, known: tuple[str, ...], count: int, rest: tuple[int, int, float]
+    ) -> str | None:
         """The last step met a singular system and moved nothing: go on with another rule."""
         num_moves, num_evaluations, tolerance = rest
         done = count - 1
         if done:
-            self._record(infos, done, num_moves)
+            self._record(infos, known, done, num_moves)
         method = self.method.for_singular()
         assert method is not None
         self.method = method
         self.singular_since = self.num_moves
         return self.advance(max(num_moves - done, 0), num_evaluations - done, tolerance)
 
-    def _record(self, infos: Any, count: int, num_moves: int) -> None:
+    def _record(self, infos: Any, known: tuple[str, ...], count: int, num_moves: int) -> None:
         """The first `count` rows of a chunk."""
         before = self.rows[-1]["seconds"][-1] if self.rows else 0.0
         now = time.perf_counter() - self.start_time
-        row = columns(jax.tree_util.tree_map(lambda rows: rows[:count], infos))
+        row = columns(jax.tree_util.tree_map(lambda rows: rows[:count], infos), known)
         row["seconds"] = before + (now - before) * np.arange(1, count + 1) / count
         self.rows.append(row)
         self.num_rows += count
@@ -316,7 +319,7 @@ class _Run:
 
     def solution(self, stopped_by: str) -> Solution:
         """Everything, as the user sees it."""
-        columns = {name: np.concatenate([row[name] for row in self.rows]) for name in self.rows[0]}
+        columns = {name: joined(self.rows, name) for name in self.rows[0]}
         codes = columns["result"]
         columns["result"] = np.array([_RESULT_NAMES[code] for code in codes])
         history = History(**columns)

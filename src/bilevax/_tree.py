@@ -167,6 +167,20 @@ def _is_jaxpr(value: Any) -> bool:
     return hasattr(value, "eqns")
 
 
+def unbounded(like: Array) -> Array:
+    """Larger than any number, in the shape and dtype of `like`.
+
+    Infinity; where `jax_debug_infs` forbids that, the largest number of the dtype.
+    """
+    is_forbidden = jax.config.jax_debug_infs  # type: ignore[attr-defined]
+    return jnp.full_like(like, jnp.finfo(like.dtype).max if is_forbidden else jnp.inf)
+
+
+def is_bounded(a: Array) -> Bool[Array, "..."]:
+    """Whether `a` is a number that is not `unbounded`; false for NaN."""
+    return jnp.abs(a) < jnp.finfo(a.dtype).max
+
+
 def default_rtol(a: PyTree) -> float:
     """The documented default of every relative tolerance: 1e-6, or 1e-4 below float64."""
     return 1e-6 if tree_dtype(a) == jnp.float64 else 1e-4

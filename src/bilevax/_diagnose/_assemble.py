@@ -100,10 +100,11 @@ def _of_point(problem: Bilevel, x: PyTree, theta: PyTree, here: AtPoint) -> dict
 
 def _of_estimate(estimate: Estimate, at_x: Estimate) -> dict[str, Any]:
     norm = float(tree_norm(estimate.grad))
+    residual = estimate.adjoint_residual
     return {
         "value": float(estimate.value),
         "hypergradient_norm": norm,
-        "adjoint_residual": float(estimate.adjoint_residual),
+        "adjoint_residual": None if residual is None else float(residual),
         "outcome": outcome_name(estimate.result),
         "error_at_x": relative(tree_norm(tree_sub(at_x.grad, estimate.grad)), norm),
     }

@@ -54,7 +54,8 @@ class Check:
         zero if it is rounding;
         `adjoint_smoothness`: the Lipschitz constant of `d_x L - A' v` in x, `v` held.
     - `value`, `hypergradient_norm`, `direct_norm` (`||d_theta L||`), `adjoint_residual`,
-        `outcome` (the name of the result): of the hypergradient at the polished x.
+        `outcome` (the name of the result): of the hypergradient at the polished x. Rules
+        without an adjoint have no residual of it: `None`.
     - `comparisons`: one `Comparison` for each direction; `disagreement` is the largest gap.
     - `moved`: how far polishing moved x; `error_at_x`: the relative difference of the
         hypergradients at x as it was given and at the polished x.
@@ -94,7 +95,7 @@ class Check:
     value: float
     hypergradient_norm: float
     direct_norm: float
-    adjoint_residual: float
+    adjoint_residual: float | None
     outcome: str
     comparisons: tuple[Comparison, ...]
     disagreement: float

@@ -28,6 +28,10 @@ def _is_unconverged(c: Check) -> bool:
     return not _is_solution(c) and not c.error_at_x <= c.rtol
 
 
+def _is_loose(c: Check) -> bool:
+    return c.adjoint_residual is not None and c.condition * c.adjoint_residual > 1e-3
+
+
 def _is_too_coarse(c: Check) -> bool:
     """Whether residuals, of x or of the solver, are rounding and not small enough."""
     floor = 4 * c.eps * c.lipschitz * c.x_norm
@@ -173,7 +177,7 @@ _CAUSES: tuple[tuple[Callable[[Check], bool], Callable[[Check], str]], ...] = (
     (lambda c: c.outcome != "successful", _flagged),
     (
         # The residual of KStep and its kind is reported, and no tolerance of theirs.
-        lambda c: not c.agrees and c.is_implicit and c.condition * c.adjoint_residual > 1e-3,
+        lambda c: not c.agrees and c.is_implicit and _is_loose(c),
         _loose,
     ),
     (lambda c: not c.agrees, _other),

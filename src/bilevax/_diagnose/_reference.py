@@ -17,7 +17,7 @@ from .._inner._base import AbstractInnerSolver
 from .._linear import CG, GMRES, Direct
 from .._linear._solve_linear import DIRECT_SIZE
 from .._problem import Bilevel, start_at
-from .._tree import tree_norm, tree_size
+from .._tree import is_bounded, tree_norm, tree_size
 from ._assemble import outcome_name
 from ._check import tight_solver
 from ._recommendation import describe
@@ -71,8 +71,9 @@ def _tight(problem: Bilevel, x0: PyTree, theta: PyTree) -> Reference:
         estimate = _estimate(problem, solver, start, theta, MinimumNorm())
         name = "the response of smallest norm at such a solution (the inner problem has many)"
         return Reference(estimate.grad, estimate.x, name, np.nan, _flag(estimate), True)
-    norm, error = float(tree_norm(estimate.grad)), float(estimate.error_estimate)
-    worth = error / norm if norm > 0 and np.isfinite(error) else float("nan")
+    assert estimate.error_estimate is not None
+    norm, error = float(tree_norm(estimate.grad)), estimate.error_estimate
+    worth = float(error) / norm if norm > 0 and is_bounded(error) else float("nan")
     return Reference(estimate.grad, estimate.x, name, worth, _flag(estimate))
 
 

@@ -88,8 +88,10 @@ def _constants(c: Check) -> list[str]:
 
 
 def _hypergradient(c: Check) -> list[str]:
+    residual = c.adjoint_residual
+    of_adjoint = "" if residual is None else f"adjoint residual {residual:.1e}, "
     text = (
-        f"norm {c.hypergradient_norm:.4g}, adjoint residual {c.adjoint_residual:.1e}, "
+        f"norm {c.hypergradient_norm:.4g}, {of_adjoint}"
         f"{c.outcome}; at x as given off by {c.error_at_x:.1e}"
     )
     differences = (

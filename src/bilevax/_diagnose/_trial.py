@@ -146,5 +146,6 @@ def _num_products(estimate: Estimate) -> int:
 
 def _relative_error(estimate: Estimate) -> float:
     size = float(tree_norm(estimate.grad))
+    assert estimate.error_estimate is not None  # asked for above
     error = float(estimate.error_estimate)
     return error / size if size > 0 else (0.0 if error == 0 else np.inf)

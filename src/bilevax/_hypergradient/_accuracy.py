@@ -16,7 +16,7 @@ from .._problem import Bilevel
 from .._results import RESULTS
 from .._tree import tree_dtype, tree_norm, tree_size
 from ._adjoint import DENSE_EVIDENCE, evidence_solver
-from ._base import Estimate, HypergradientState, as_stats, no_evidence
+from ._base import Estimate, HypergradientState, as_stats
 from ._evidence import dual_value, with_bound
 from ._refine import Refined, refine, start
 
@@ -87,7 +87,7 @@ def estimate_to_accuracy(
     s = found.refined
     value, aux = problem.outer_value(s.x, theta)
     residual = problem.inner.residual(s.x, theta)
-    evidence = no_evidence(value, s.inner_residual) | {
+    evidence = {
         "adjoint_residual": s.adjoint_residual,
         "adjoint_tolerance": state.tolerances[1].astype(s.adjoint_residual.dtype),
         "error_estimate": s.change.astype(s.inner_residual.dtype),

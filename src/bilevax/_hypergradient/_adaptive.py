@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from .._linear._common import signs_like
-from .._tree import tree_norm, tree_sub, tree_zeros_like
+from .._tree import tree_norm, tree_sub, tree_zeros_like, unbounded
 from ._explicit import State, WayBack, repeat_with_way_back
 from ._probe import Probe, add_tap
 
@@ -159,13 +159,14 @@ def _go_back(
         # Contributions of steps that oscillate may be small by chance. So may the adjoint.
         faded = tree_norm(adjoint[0]) / jnp.where(end_norm > 0, end_norm, 1)
         series = jnp.maximum(series, faded * tree_norm(total))
+        series = jnp.where(is_known, series, unbounded(series))
         evidence = state.evidence
         return _WayBackState(
             segment=segment,
             adjoint=adjoint,
             total=total,
             contribution=contribution,
-            remainder=jnp.where(kept.counts[segment] == 0, 0, jnp.where(is_known, series, jnp.inf)),
+            remainder=jnp.where(kept.counts[segment] == 0, 0, series),
             evidence=None if evidence is None else add_tap(evidence, adjoint[0]),
         )
 
@@ -174,7 +175,7 @@ def _go_back(
         adjoint=adjoint,
         total=tree_zeros_like(steps.moving),
         contribution=jnp.zeros_like(end_norm),
-        remainder=jnp.full_like(end_norm, jnp.inf),
+        remainder=unbounded(end_norm),
         evidence=evidence,
     )
     return jax.lax.while_loop(is_needed, differentiate, start)
@@ -206,4 +207,4 @@ def _jacobian_error(
     error = last * fall / jnp.where(rate < 1, 1 - rate, 1) / scale
     # rounding errors do not fall
     error = jnp.where(is_relevant, error, jnp.minimum(error, rtol))
-    return jnp.where(is_growing, jnp.inf, error), is_growing
+    return jnp.where(is_growing, unbounded(error), error), is_growing

@@ -19,7 +19,7 @@ from .._linear import (
 )
 from .._linear._common import signs_like
 from .._results import RESULTS, first_failure
-from .._tree import map_rows, tree_size, tree_sub
+from .._tree import is_bounded, map_rows, tree_size, tree_sub
 from ._linearise import Linearised
 
 # Up to this size evidence comes from a dense factorisation: it is exact, and its products
@@ -65,6 +65,8 @@ def in_own_scale(
     outer objective does not see the variables that are large, the terms of `A v` do, for
     one more product.
     """
+    if adjoint.tolerance is None:  # a number of steps was asked for
+        return adjoint
     x, b, residual, v = jax.lax.stop_gradient((x, b, tree_sub(b, product), adjoint.value))
 
     def weighed(a: PyTree) -> Scalar:
@@ -74,7 +76,7 @@ def in_own_scale(
     asked = adjoint.tolerance / jnp.where(size > 0, norm(b), 1)
     may_leave = jnp.maximum(_LEFT, _COARSER * asked)
     is_open = (adjoint.result == RESULTS.successful) & (left > may_leave * size)
-    is_open &= jnp.isfinite(adjoint.tolerance)  # a number of steps was asked for
+    is_open &= is_bounded(adjoint.tolerance)  # in the least-squares sense it may be anything
 
     def terms() -> Scalar:
         return weighed(matvec(jtu.tree_map(lambda a: a * signs_like(a), v)))
@@ -127,6 +129,11 @@ def newton_steps(
 def _softened(result: RESULTS) -> RESULTS:
     """A correction at the precision floor is no failure: there is nothing to correct."""
     return RESULTS.where(result == RESULTS.stalled, RESULTS.successful, result)
+
+
+def strictest(tolerance: Array | None) -> Scalar | None:
+    """The tolerance that all systems of a batch had to reach, if anything was asked for."""
+    return None if tolerance is None else jnp.min(tolerance)
 
 
 def first_of_batch(solutions: LinearSolution) -> RESULTS:

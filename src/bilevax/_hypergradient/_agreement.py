@@ -14,7 +14,7 @@ from .._linear import CG, GMRES, solve_linear, verify
 from .._linear._common import signs_like
 from .._problem import AbstractCondition, Bilevel
 from .._results import RESULTS, first_failure
-from .._tree import default_rtol, tree_dtype, tree_norm, tree_sub
+from .._tree import default_rtol, tree_dtype, tree_norm, tree_sub, unbounded
 from ._base import Estimate
 
 # At a solution `A J + B = 0`, J the derivative of x in theta. Hence for every v
@@ -136,14 +136,14 @@ def judged(
         return error.astype(dtype), expected.is_known, is_wrong
 
     def leave() -> tuple[Scalar, Bool[Array, ""], Bool[Array, ""]]:
-        return jnp.full((), jnp.inf, dtype), jnp.array(False), jnp.array(False)
+        return unbounded(jnp.zeros((), dtype)), jnp.array(False), jnp.array(False)
 
     error, is_known, is_wrong = jax.lax.cond(at.is_solution, check, leave)
     is_known &= at.is_solution
     result = RESULTS.where(is_known & is_wrong, RESULTS.path_dependent, RESULTS.successful)
     return dataclasses.replace(
         estimate,
-        error_estimate=jnp.where(is_known, error, jnp.inf),
+        error_estimate=jnp.where(is_known, error, unbounded(error)),
         is_bilevel=is_known & ~is_wrong,
         result=first_failure(estimate.result, result),
     )

@@ -15,7 +15,7 @@ from ._derivative import refuse_derivative
 
 
 class Estimate(eqx.Module):
-    """A hypergradient with its evidence.
+    """A hypergradient with its evidence. What a rule does not know is `None`.
 
     **Attributes:**
 
@@ -23,23 +23,28 @@ class Estimate(eqx.Module):
     - `grad`: the hypergradient, in the structure of theta.
     - `aux`: what `outer` returned beside the value.
     - `x`: the inner solution it was taken at.
-    - `v`: the adjoint variable, `A v = d_x L`; `None` for rules that solve no such system.
     - `inner_residual`: `||grad_x U(x, theta)||` (of a root or fixed point, the residual).
-    - `inner_tolerance`: what it had to reach; infinite where nothing was asked for.
-    - `adjoint_residual`: `||d_x L - A v|| / ||d_x L||`, measured; NaN for rules that solve
-        no adjoint system.
-    - `adjoint_tolerance`: what it had to reach; infinite where nothing was asked for.
-    - `error_estimate`: of `||grad - exact||`, from Newton steps on x and v (see
-        `Implicit`); NaN where it was not asked for.
-    - `error_bound`: `||grad - exact||` is no larger; infinite where no modulus of strong
-        convexity is known (see `Implicit`).
-    - `damping_bias`: estimate of the part of `||grad - exact||` that damping causes; zero
-        without damping.
-    - `dual_value`: `L(x, theta) - v' grad_x U(x, theta)`, the outer objective at the exact
-        solution to second order in the error of x; `value` for rules without an adjoint.
     - `result`: the outcome, see `RESULTS`.
     - `stats`: `num_inner_steps`, `num_adjoint_steps`, `num_gradients`,
         `num_hessian_products`, `num_cross_products`.
+    - `v`: the adjoint variable, `A v = d_x L`; `None` for rules that solve no such system.
+    - `inner_tolerance`: what `inner_residual` had to reach; `None` for rules that ask for
+        nothing.
+    - `adjoint_residual`: `||d_x L - A v|| / ||d_x L||`, measured; `None` for rules without an
+        adjoint.
+    - `adjoint_tolerance`: what it had to reach; `None` where nothing was asked for, as of a
+        fixed number of steps. Infinite: the system has no solution, and `v` is the
+        least-squares solution of a rule that takes that.
+    - `error_estimate`: of `||grad - exact||`, from Newton steps on x and v (see
+        `Implicit`), or by other means of other rules; `None` where it was not asked for.
+        Infinite: Newton's method, or the series of the rule, does not converge here, so that
+        the error may have any size.
+    - `error_bound`: `||grad - exact||` is no larger; `None` where no modulus of strong
+        convexity is known (see `Implicit`). Infinite: there is no bound.
+    - `damping_bias`: estimate of the part of `||grad - exact||` that damping causes; `None`
+        without damping.
+    - `dual_value`: `L(x, theta) - v' grad_x U(x, theta)`, the outer objective at the exact
+        solution to second order in the error of x; `None` for rules without an adjoint.
     - `adjoint_growth`: for rules that go back through the steps, the mean norm of the
         adjoint of x on the way, relative to that at the end: below one where the steps
         contract, many orders of magnitude where derivatives explode. Otherwise `None`.
@@ -47,25 +52,33 @@ class Estimate(eqx.Module):
         `grad` agrees with the implicit function theorem there. Then it is the hypergradient
         of the bilevel problem, and `error_estimate` its distance to the implicit one. Else
         it is the derivative of these steps. `None` for other rules.
+
+    Under `jax_debug_infs` the largest number of the dtype stands for an infinity.
     """
 
     value: Scalar
     grad: PyTree[Array]
     aux: PyTree
     x: PyTree[Array]
-    v: PyTree[Array] | None
     inner_residual: Scalar
-    inner_tolerance: Scalar
-    adjoint_residual: Scalar
-    adjoint_tolerance: Scalar
-    error_estimate: Scalar
-    error_bound: Scalar
-    damping_bias: Scalar
-    dual_value: Scalar
     result: RESULTS
     stats: dict[str, Array]
+    # the evidence that only some rules have
+    v: PyTree[Array] | None = None
+    inner_tolerance: Scalar | None = None
+    adjoint_residual: Scalar | None = None
+    adjoint_tolerance: Scalar | None = None
+    error_estimate: Scalar | None = None
+    error_bound: Scalar | None = None
+    damping_bias: Scalar | None = None
+    dual_value: Scalar | None = None
     adjoint_growth: Scalar | None = None
     is_bilevel: Bool[Array, ""] | None = None
+
+    @property
+    def best_value(self) -> Scalar:
+        """The best that is known of `L(x*(theta), theta)`: `dual_value`, or else `value`."""
+        return self.value if self.dual_value is None else self.dual_value
 
 
 class HypergradientState(eqx.Module):
@@ -147,19 +160,6 @@ class AbstractHypergradient(optx.AbstractAdjoint):
 def estimate_of(rule: AbstractHypergradient, *args: Any) -> tuple[Estimate, HypergradientState]:
     """`rule.estimate`, as a function of the rule too."""
     return rule.estimate(*args)
-
-
-def no_evidence(value: Scalar, residual: Scalar) -> dict[str, Scalar]:
-    """The fields of an `Estimate` that only implicit rules can fill."""
-    nan, inf = jnp.full_like(residual, jnp.nan), jnp.full_like(residual, jnp.inf)
-    return {
-        "adjoint_residual": nan,
-        "adjoint_tolerance": inf,
-        "error_estimate": nan,
-        "error_bound": inf,
-        "damping_bias": jnp.zeros_like(residual),
-        "dual_value": value,
-    }
 
 
 STATS = (

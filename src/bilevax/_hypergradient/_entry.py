@@ -260,12 +260,12 @@ def raise_failure(estimate: Any) -> Any:
         return result.error_if(estimate, result != RESULTS.successful)
     if _is(result, RESULTS.successful):
         return estimate
-    numbers = (
-        f"inner residual {float(estimate.inner_residual):.2e} (tolerance "
-        f"{float(estimate.inner_tolerance):.2e}), relative adjoint residual "
-        f"{np.max(estimate.adjoint_residual):.2e}"
-    )
-    if np.isfinite(getattr(estimate, "error_estimate", np.nan)):
+    numbers = f"inner residual {float(estimate.inner_residual):.2e}"
+    if estimate.inner_tolerance is not None:
+        numbers += f" (tolerance {float(estimate.inner_tolerance):.2e})"
+    if estimate.adjoint_residual is not None:
+        numbers += f", relative adjoint residual {np.max(estimate.adjoint_residual):.2e}"
+    if getattr(estimate, "error_estimate", None) is not None:
         numbers += f", estimated error {float(estimate.error_estimate):.2e}"
     raise SolveError(f"{RESULTS[result]} [{numbers}; pass throw=False to get it anyway]", result)
 

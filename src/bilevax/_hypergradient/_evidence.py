@@ -1,5 +1,6 @@
 """What is known of the error of an implicit hypergradient."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from .._inner._base import Counts
 from .._linear import solve_linear
 from .._problem import Bilevel, strong_convexity
 from .._results import RESULTS, first_failure
-from .._tree import default_rtol, tree_dot, tree_norm, tree_scale
+from .._tree import default_rtol, tree_dot, tree_norm, tree_scale, unbounded
 from ._adjoint import evidence_solver
 from ._base import Estimate
 from ._bound import BOUND_PRODUCTS, error_bound
@@ -37,6 +38,7 @@ def with_evidence(
     if not (wants_error or polish or modulus is not None):
         return estimate
     x, v = estimate.x, estimate.v
+    x_dtype = estimate.inner_residual.dtype
     rtol = default_rtol(x) if polish else _ESTIMATE_RTOL
     solver = evidence_solver(linear_solver, x, problem.inner.is_symmetric, rtol)
     first = start(x, v, estimate.grad, theta)
@@ -45,8 +47,8 @@ def with_evidence(
     if wants_error or polish:
         # Where Newton's method does not contract its step tells nothing of the error.
         is_known = refined.is_contracting & (refined.result == RESULTS.successful)
-        error = jnp.where(is_known, refined.change, jnp.inf)
-        estimate = _replace(estimate, "error_estimate", error)
+        error = jnp.where(is_known, refined.change, unbounded(refined.change))
+        estimate = dataclasses.replace(estimate, error_estimate=error.astype(x_dtype))
     if polish:
         estimate = _polished(estimate, refined, problem, theta)
     return with_bound(estimate, problem, refined.next_x if polish else refined.x, theta)
@@ -59,7 +61,8 @@ def with_bound(estimate: Estimate, problem: Bilevel, newton_x: PyTree, theta: Py
         return estimate
     bound = error_bound(problem, estimate.x, newton_x, theta, estimate.v, modulus)
     is_known = jnp.isfinite(bound) & (modulus > 0)
-    estimate = _replace(estimate, "error_bound", jnp.where(is_known, bound, jnp.inf))
+    bound = jnp.where(is_known, bound, unbounded(bound)).astype(estimate.inner_residual.dtype)
+    estimate = dataclasses.replace(estimate, error_bound=bound)
     return _count(estimate, Counts(hessian=BOUND_PRODUCTS))
 
 
@@ -86,27 +89,18 @@ def _polished(estimate: Estimate, s: Refined, problem: Bilevel, theta: PyTree) -
     late = RESULTS.where(s.is_contracting, RESULTS.successful, RESULTS.inner_not_converged)
     result = RESULTS.where(s.result == RESULTS.successful, late, s.result)
     result = RESULTS.where(jnp.isfinite(s.change), result, RESULTS.nonfinite)
-    fields = {
-        "value": outer.value,
-        "grad": s.grad,
-        "aux": outer.aux,
-        "x": s.x,
-        "v": s.v,
-        "inner_residual": s.inner_residual,
-        "adjoint_residual": s.adjoint_residual,
-        "dual_value": dual_value(outer.value, s.v, residual),
-        "result": first_failure(estimate.result, result),
-    }
-    for name, value in fields.items():
-        estimate = eqx.tree_at(
-            lambda e, name=name: getattr(e, name), estimate, value, is_leaf=lambda a: a is None
-        )
-    return estimate
-
-
-def _replace(estimate: Estimate, name: str, value: Array) -> Estimate:
-    old = getattr(estimate, name)
-    return eqx.tree_at(lambda e: getattr(e, name), estimate, value.astype(old.dtype))
+    return dataclasses.replace(
+        estimate,
+        value=outer.value,
+        grad=s.grad,
+        aux=outer.aux,
+        x=s.x,
+        v=s.v,
+        inner_residual=s.inner_residual,
+        adjoint_residual=s.adjoint_residual,
+        dual_value=dual_value(outer.value, s.v, residual),
+        result=first_failure(estimate.result, result),
+    )
 
 
 def _counted(estimate: Estimate, s: Refined) -> Estimate:

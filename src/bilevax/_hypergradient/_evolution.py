@@ -45,7 +45,7 @@ class EvolutionStrategies(AbstractEvolution):
     - `batch_size`: how many pairs run side by side; by default all.
 
     `estimate.x` and `estimate.value` belong to the solve at theta itself. Of the evidence,
-    `error_estimate` is the standard error of the gradient, measured over the pairs (NaN
+    `error_estimate` is the standard error of the gradient, measured over the pairs (`None`
     for one pair): the distance to the gradient of the *smoothed* objective.
 
     What is differentiated: theta, also where the optimiser's own parameters or `x0` are

@@ -22,7 +22,7 @@ from .._tree import (
     tree_size,
 )
 from ._agreement import convergence, judged
-from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, no_evidence
+from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
 from ._derivative import refuse_backward, unmoved
 from ._implicit import or_fail
 
@@ -114,12 +114,9 @@ class ForwardMode(AbstractHypergradient):
             grad=grad,
             aux=aux,
             x=x,
-            v=None,
             inner_residual=at.residual,
-            inner_tolerance=jnp.full_like(at.residual, jnp.inf),
             result=RESULTS.where(is_finite, RESULTS.successful, RESULTS.nonfinite),
             stats=as_stats(Counts(count + 2, products, products), count, 0),
-            **no_evidence(value, at.residual),
         )
         estimate = judged(estimate, problem, theta, at)
         return estimate, HypergradientState(x=x, v=None, inner=inner_state)

@@ -34,14 +34,7 @@ from .._tree import (
 )
 from ._accuracy import estimate_to_accuracy, first_tolerances
 from ._adjoint import in_own_scale
-from ._base import (
-    AbstractHypergradient,
-    Estimate,
-    HypergradientState,
-    as_stats,
-    estimate_of,
-    no_evidence,
-)
+from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, estimate_of
 from ._derivative import with_derivative
 from ._evidence import damping_bias, dual_value, with_evidence
 from ._implicit_function import System, attach_derivative
@@ -212,8 +205,7 @@ class Implicit(AbstractHypergradient):
             ),
         )
         counts = inner.counts + Counts(gradients=1, hessian=adjoint.num_products, cross=1)
-        evidence = no_evidence(outer.value, inner.residual)
-        evidence |= {
+        evidence = {
             "adjoint_residual": adjoint.residual,
             "adjoint_tolerance": adjoint.tolerance,
             "dual_value": dual_value(outer.value, adjoint.value, at.residual),

@@ -18,6 +18,7 @@ from .._results import RESULTS, first_failure
 from .._tree import (
     default_rtol,
     flat_to_tree,
+    is_bounded,
     map_rows,
     stop_gradient,
     tree_all_finite,
@@ -27,15 +28,8 @@ from .._tree import (
     tree_size,
     tree_sub,
 )
-from ._adjoint import DENSE_EVIDENCE, first_of_batch
-from ._base import (
-    AbstractHypergradient,
-    Estimate,
-    HypergradientState,
-    as_stats,
-    estimate_of,
-    no_evidence,
-)
+from ._adjoint import DENSE_EVIDENCE, first_of_batch, strictest
+from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, estimate_of
 from ._derivative import refuse_derivative
 from ._evidence import dual_value
 from ._implicit import Implicit, is_gradient, or_fail
@@ -134,10 +128,6 @@ class MinimumNorm(AbstractHypergradient):
             RESULTS.where(is_finite, RESULTS.successful, RESULTS.nonfinite),
         )
         counts = Counts(1, jnp.sum(systems.num_products), systems.residual.shape[0])
-        evidence = no_evidence(outer.value, inner.residual)
-        evidence["adjoint_residual"] = jnp.max(systems.residual)
-        if v is not None:
-            evidence["dual_value"] = dual_value(outer.value, v, at.residual)
         estimate = Estimate(
             value=outer.value,
             grad=grad,
@@ -148,7 +138,9 @@ class MinimumNorm(AbstractHypergradient):
             inner_tolerance=inner.tolerance,
             result=result,
             stats=as_stats(inner.counts + counts, inner.num_steps, jnp.sum(systems.num_steps)),
-            **evidence,
+            adjoint_residual=jnp.max(systems.residual),
+            adjoint_tolerance=_tolerance(systems, x),
+            dual_value=None if v is None else dual_value(outer.value, v, at.residual),
         )
         return estimate, HypergradientState(x, state.v, inner_state)
 
@@ -192,6 +184,13 @@ class MinimumNorm(AbstractHypergradient):
 
 
 Found = tuple[PyTree, PyTree | None, LinearSolution, Bool[Array, ""]]
+
+
+def _tolerance(systems: LinearSolution, x: PyTree) -> Scalar:
+    """What the residuals had to reach: of systems without a solution, their part in the range."""
+    least = strictest(systems.tolerance)
+    assert least is not None
+    return jnp.where(is_bounded(least), least, jnp.asarray(default_rtol(x), least.dtype))
 
 
 def _by_tangents(

@@ -16,7 +16,7 @@ from .._inner._optimistix import Optimistix
 from .._problem import AbstractCondition, Bilevel, start_at
 from .._results import RESULTS
 from .._tree import lax_while_loop, stop_gradient, tree_all_finite, tree_dtype, tree_norm
-from ._base import Estimate, HypergradientState, as_stats, no_evidence
+from ._base import Estimate, HypergradientState, as_stats
 from ._implicit import or_fail
 from ._scan import repeat
 from ._series import MOST_LEFT, geometric_remainder
@@ -72,24 +72,18 @@ def estimate_by_steps(
     b = jax.grad(lambda x: problem.outer_value(x, theta)[0])(x)
     residual = tree_norm(condition.residual(x, theta))
     is_finite = tree_all_finite((value, grad))
-    evidence = no_evidence(value, residual)
-    evidence |= {
-        "adjoint_residual": what_is_left(left, b),
-        "error_estimate": geometric_remainder(term, left, further),
-    }
     estimate = Estimate(
         value=value,
         grad=grad,
         aux=aux,
         x=x,
-        v=None,
         inner_residual=residual,
-        inner_tolerance=jnp.full_like(residual, jnp.inf),
         result=RESULTS.where(is_finite, steps_outcome(left, b), RESULTS.nonfinite),
         stats=as_stats(
             Counts(count + 2 * num_steps + 3, num_steps + 1, num_steps + 1), count + num_steps, 0
         ),
-        **evidence,
+        adjoint_residual=what_is_left(left, b),
+        error_estimate=geometric_remainder(term, left, further),
     )
     return estimate, HypergradientState(x, state.v, inner_state)
 

@@ -53,7 +53,7 @@ class PersistentES(AbstractEvolution):
     The solves live in the state: pass it on, as `solve` does. Where `x0` is a function of
     theta, use `solve`, since `bx.hypergradient(state=...)` replaces `x0`.
     `estimate.x` and `estimate.value` belong to an unperturbed solve, at the end of the
-    window. `error_estimate` is the standard error over the pairs (NaN for one pair).
+    window. `error_estimate` is the standard error over the pairs (`None` for one).
 
     **Cost:** `(2 num_pairs + 1) num_steps` inner steps an estimate; memory of
     `2 num_pairs + 1` carries. The variance grows with the number of entries of theta, and

@@ -16,7 +16,7 @@ from .._inner._optimistix import check_positive
 from .._problem import AbstractCondition, Bilevel
 from .._results import RESULTS
 from .._tree import is_traced, tree_all_finite, tree_norm
-from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, no_evidence
+from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
 
 
 class AbstractEvolution(AbstractHypergradient):
@@ -131,10 +131,10 @@ def over_particles(fn: Callable, particles: PyTree, batch_size: int | None) -> P
 
 def gradient_and_error(
     directions: PyTree, differences: Array, sigma: PyTree
-) -> tuple[PyTree, Scalar]:
+) -> tuple[PyTree, Scalar | None]:
     """The mean over pairs of `direction * difference / (2 sigma)`, and its standard error.
 
-    The standard error is the norm over the entries of theta.
+    The standard error is the norm over the entries of theta; one pair has none.
     """
     num_pairs = differences.shape[0]
     sigma = _sigma_like(jtu.tree_map(lambda z: z[0], directions), sigma)
@@ -145,7 +145,7 @@ def gradient_and_error(
     samples = jax.vmap(sample)(directions, differences)
     grad = jtu.tree_map(lambda g: jnp.mean(g, axis=0), samples)
     if num_pairs == 1:
-        return grad, jnp.full_like(tree_norm(grad), jnp.nan)
+        return grad, None
     spread = jtu.tree_map(lambda g: jnp.std(g, axis=0, ddof=1), samples)
     return grad, tree_norm(spread) / num_pairs**0.5
 
@@ -155,7 +155,7 @@ def evolution_estimate(
     x: PyTree,
     theta: PyTree,
     grad: PyTree,
-    error: Scalar,
+    error: Scalar | None,
     counts: Counts,
     num_steps: Array,
 ) -> Estimate:
@@ -163,17 +163,13 @@ def evolution_estimate(
     value, aux = problem.outer_value(x, theta)
     residual = tree_norm(problem.inner.residual(x, theta))
     finite = tree_all_finite((value, grad))
-    evidence = no_evidence(value, residual)
-    evidence["error_estimate"] = error.astype(residual.dtype)
     return Estimate(
         value=value,
         grad=grad,
         aux=aux,
         x=x,
-        v=None,
         inner_residual=residual,
-        inner_tolerance=jnp.full_like(residual, jnp.inf),
         result=RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite),
         stats=as_stats(counts, num_steps, 0),
-        **evidence,
+        error_estimate=None if error is None else error.astype(residual.dtype),
     )

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Scalar
 from .._linear._common import signs_like
 from .._problem import Bilevel
 from .._results import RESULTS
-from .._tree import tree_norm, tree_size, tree_sub
+from .._tree import tree_norm, tree_size, tree_sub, tree_zeros_like, unbounded
 from ._adjoint import newton_steps
 from ._linearise import linearise, outer_at
 
@@ -31,6 +31,7 @@ class Refined(eqx.Module):
     x: PyTree[Array]
     v: PyTree[Array]
     grad: PyTree[Array]
+    has_grad: Bool[Array, ""]  # false before the first evaluation, if none was given
     change: Scalar
     last_change: Scalar
     inner_residual: Scalar
@@ -48,11 +49,11 @@ class Refined(eqx.Module):
 
 def start(x: PyTree, v: PyTree, grad: PyTree | None, theta: PyTree) -> Refined:
     """Before the first refinement; `grad` is the hypergradient so far, if there is one."""
-    grad = jtu.tree_map(lambda a: jnp.full_like(a, jnp.inf), theta) if grad is None else grad
-    inf = jnp.full((), jnp.inf, tree_norm(x).dtype)
-    inf_theta = jnp.full((), jnp.inf, tree_norm(theta).dtype)
+    is_known = jnp.array(grad is not None)
+    grad = tree_zeros_like(theta) if grad is None else grad
+    of_x, of_theta = unbounded(tree_norm(x)), unbounded(tree_norm(theta))
     zero = jnp.zeros((), jnp.int32)
-    measured = (inf_theta, inf_theta, inf, inf, inf, jnp.array(True))
+    measured = (is_known, of_theta, of_theta, of_x, of_x, of_x, jnp.array(True))
     return Refined(x, v, grad, *measured, x, zero, zero, zero, RESULTS.successful)
 
 
@@ -78,6 +79,7 @@ def refine(
     v = jtu.tree_map(jnp.add, s.v, steps.dv)
     product, cross = at.both(v)
     grad = tree_sub(outer.grad_theta, cross)
+    change = tree_norm(tree_sub(grad, s.grad))
     norm_b = tree_norm(outer.grad_x)
     adjoint_residual = tree_norm(tree_sub(outer.grad_x, product))
     residual = tree_norm(at.residual)
@@ -101,7 +103,8 @@ def refine(
         x=x,
         v=v,
         grad=grad,
-        change=tree_norm(tree_sub(grad, s.grad)),
+        has_grad=jnp.array(True),
+        change=jnp.where(s.has_grad, change, unbounded(change)),
         last_change=s.change,
         inner_residual=residual,
         adjoint_residual=adjoint_residual / jnp.where(norm_b > 0, norm_b, 1),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import Array, PyTree
 
 from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts
 from .._inner._descent import Descent
@@ -24,7 +24,8 @@ from .._tree import (
     tree_sub,
     tree_zeros_like,
 )
-from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, no_evidence
+from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
+from ._evidence import dual_value
 from ._implicit import Implicit
 from ._linearise import linearise, outer_at
 from ._own_steps import (
@@ -120,11 +121,6 @@ class SAMA(AbstractHypergradient):
         next_product, next_cross = at.both(scaled(left))
         residual = tree_norm(at.residual)
         is_finite = tree_all_finite((outer.value, grad))
-        evidence: dict[str, Scalar] = no_evidence(outer.value, residual)
-        evidence |= {
-            "adjoint_residual": what_is_left(left, outer.grad_x),
-            "error_estimate": geometric_remainder(next_cross, left, tree_sub(left, next_product)),
-        }
         estimate = Estimate(
             value=outer.value,
             grad=grad,
@@ -132,10 +128,11 @@ class SAMA(AbstractHypergradient):
             x=x,
             v=v,
             inner_residual=residual,
-            inner_tolerance=jnp.full_like(residual, jnp.inf),
             result=RESULTS.where(is_finite, steps_outcome(left, outer.grad_x), RESULTS.nonfinite),
             stats=as_stats(Counts(count + 2, 2, 2), count, 0),
-            **evidence,
+            adjoint_residual=what_is_left(left, outer.grad_x),
+            error_estimate=geometric_remainder(next_cross, left, tree_sub(left, next_product)),
+            dual_value=dual_value(outer.value, v, at.residual),
         )
         return estimate, HypergradientState(x, v, inner_state)
 

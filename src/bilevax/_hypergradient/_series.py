@@ -23,8 +23,9 @@ from .._tree import (
     tree_scale,
     tree_sub,
     tree_zeros_like,
+    unbounded,
 )
-from ._base import Estimate, HypergradientState, as_stats, no_evidence
+from ._base import Estimate, HypergradientState, as_stats
 from ._evidence import dual_value
 from ._implicit import is_gradient, or_fail, solved_or_fail
 from ._implicit_function import System, attach_derivative
@@ -130,12 +131,6 @@ def estimate_by_series(
     )
     products = adjoint.num_products + num_measuring + (3 if series.is_equation else 2)
     counts = inner.counts + Counts(gradients=1, hessian=products, cross=2)
-    evidence = no_evidence(outer.value, inner.residual)
-    evidence |= {
-        "adjoint_residual": adjoint.residual,
-        "error_estimate": remainder,
-        "dual_value": dual_value(outer.value, adjoint.value, at.residual),
-    }
     estimate = Estimate(
         value=outer.value,
         grad=grad,
@@ -143,10 +138,11 @@ def estimate_by_series(
         x=x,
         v=adjoint.value,
         inner_residual=inner.residual,
-        inner_tolerance=jnp.full_like(inner.residual, jnp.inf),
         result=result,
         stats=as_stats(counts, inner.num_steps, adjoint.num_steps),
-        **evidence,
+        adjoint_residual=adjoint.residual,
+        error_estimate=remainder,
+        dual_value=dual_value(outer.value, adjoint.value, at.residual),
     )
     return estimate, HypergradientState(x, adjoint.value, inner_state)
 
@@ -240,4 +236,4 @@ def geometric_remainder(term: PyTree, left: PyTree, further: PyTree) -> Scalar:
     ratio = tree_norm(further) / jnp.where(norm > 0, norm, 1)
     falls = ratio < 1
     size = tree_norm(term).astype(ratio.dtype)
-    return jnp.where(falls, size / jnp.where(falls, 1 - ratio, 1), jnp.inf)
+    return jnp.where(falls, size / jnp.where(falls, 1 - ratio, 1), unbounded(size))

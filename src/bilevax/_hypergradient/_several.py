@@ -13,8 +13,8 @@ from .._linear import LinearSolution
 from .._problem import Bilevel, as_arrays, bind, restore, start_as_arrays, start_at
 from .._results import RESULTS, first_failure
 from .._tree import lean_jit, map_rows, tree_all_finite, tree_sub
-from ._adjoint import first_of_batch
-from ._base import Estimate, as_stats, no_evidence
+from ._adjoint import first_of_batch, strictest
+from ._base import Estimate, as_stats
 from ._derivative import refuse_derivative
 from ._entry import check_types, raise_failure
 from ._evidence import dual_value
@@ -106,9 +106,9 @@ def _estimates(
     is_finite = tree_all_finite((values, grad))
     num = values.shape[0]
     counts = Counts(gradients=1, hessian=jnp.sum(systems.num_products), cross=num)
-    evidence = no_evidence(values, inner.residual) | {
+    evidence = {
         "adjoint_residual": systems.residual,
-        "adjoint_tolerance": jnp.min(systems.tolerance),
+        "adjoint_tolerance": strictest(systems.tolerance),
         "dual_value": jax.vmap(dual_value, (0, 0, None))(values, systems.value, at.residual),
     }
     return Estimate(

@@ -13,7 +13,7 @@ from .._problem import AbstractCondition, Bilevel, start_at
 from .._results import RESULTS
 from .._tree import tree_all_finite, tree_dtype
 from ._agreement import LARGEST_ERROR, convergence, judged
-from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, no_evidence
+from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
 from ._implicit import or_fail
 from ._loops import differentiable_loops
 from ._probe import Probe, growth, largest_growth, new_probe, tap_end
@@ -114,13 +114,10 @@ def estimate_through(
         grad=grad,
         aux=aux,
         x=x,
-        v=None,
         inner_residual=at.residual,
-        inner_tolerance=jnp.full_like(at.residual, jnp.inf),
         result=result,
         stats=as_stats(counts, num_steps, 0),
         adjoint_growth=adjoint_growth,
-        **no_evidence(value, at.residual),
     )
     estimate = judged(estimate, problem, theta, at, largest_error)
     return estimate, HypergradientState(x=x, v=None, inner=inner_state), seen

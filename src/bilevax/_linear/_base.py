@@ -24,7 +24,9 @@ class LinearSolution(eqx.Module):
 
     value: PyTree[Array]
     residual: Scalar
-    tolerance: Scalar  # what `residual` had to reach; infinite for a fixed number of steps
+    # what `residual` had to reach: None for a fixed number of steps, `unbounded` where a
+    # system without a solution is solved in the least-squares sense
+    tolerance: Scalar | None
     num_steps: Int[Array, ""]
     num_products: Int[Array, ""]
     result: RESULTS
@@ -112,11 +114,11 @@ def verify(solution: LinearSolution, b: PyTree[Array], product: PyTree[Array]) -
     # What is not finite in b, v or A v is not finite here; a pass over each would only
     # take longer to compile.
     finite = jnp.isfinite(residual)
-    result = RESULTS.where(
-        (solution.result == RESULTS.successful) & ~(residual <= 2 * solution.tolerance),
-        RESULTS.stalled,
-        solution.result,
-    )
+    result = solution.result
+    if solution.tolerance is not None:
+        is_missed = ~(0.5 * residual <= solution.tolerance)
+        is_missed = (result == RESULTS.successful) & is_missed
+        result = RESULTS.where(is_missed, RESULTS.stalled, result)
     result = RESULTS.where(finite, result, RESULTS.nonfinite)
     num_products = solution.num_products + 1
     return eqx.tree_at(

@@ -122,13 +122,9 @@ class CG(AbstractIterativeLinearSolver):
         if self.num_steps is None:
             late = state.is_running & (result == RESULTS.successful)
             result = RESULTS.where(late, RESULTS.adjoint_not_converged, result)
-            tolerance = tolerance / safe_norm
-        else:
-            tolerance = jnp.full_like(tolerance, jnp.inf)
+        asked = None if self.num_steps is not None else tolerance / safe_norm
         residual = jnp.sqrt(state.rr) / safe_norm
-        return LinearSolution(
-            value, residual, tolerance, state.num_steps, state.num_products, result
-        )
+        return LinearSolution(value, residual, asked, state.num_steps, state.num_products, result)
 
 
 class _System(NamedTuple):

@@ -135,7 +135,7 @@ class Chebyshev(AbstractIterativeLinearSolver):
             state = jax.lax.fori_loop(0, self.num_steps, step, state)
             norm, first = tree_norm(state.r), tree_norm(r)
             is_reached = norm <= _GROWTH * first
-            tolerance = jnp.full_like(norm, jnp.inf)
+            tolerance = None
         result, extra = _outcome(is_reached, is_negative, state, norm, first, m, matvec)
         finite = jnp.isfinite(norm) & jnp.isfinite(m) & jnp.isfinite(mu)
         finite = finite & tree_all_finite(state.v)

@@ -19,6 +19,7 @@ from .._tree import (
     tree_scale,
     tree_size,
     tree_to_flat,
+    unbounded,
     working_dtype,
 )
 from ._base import AbstractIterativeLinearSolver, LinearSolution
@@ -117,7 +118,8 @@ class Direct(AbstractIterativeLinearSolver):
         tolerance = jnp.full_like(relative, default_rtol(b))
         is_inside &= relative <= tolerance
         if self.minimum_norm:
-            result, tolerance = RESULTS.successful, jnp.where(is_inside, tolerance, jnp.inf)
+            result = RESULTS.successful
+            tolerance = jnp.where(is_inside, tolerance, unbounded(tolerance))
         else:
             result = RESULTS.where(is_inside, RESULTS.successful, RESULTS.singular)
         if not self.indefinite:

@@ -100,7 +100,7 @@ class GradientDescent(AbstractIterativeLinearSolver):
             target = target_norm(self.rtol, self.atol, b, norm_b, scale)
             tolerance, limit, patience = target / safe_norm, self.max_steps, _PATIENCE
         else:
-            target, tolerance = jnp.zeros_like(norm_b), jnp.full_like(norm_b, jnp.inf)
+            target, tolerance = jnp.zeros_like(norm_b), None
             limit, patience = self.num_steps, self.num_steps + 1
 
         def step(s: _State) -> _State:

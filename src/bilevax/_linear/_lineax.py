@@ -24,6 +24,7 @@ from .._tree import (
     tree_to_flat,
     tree_where,
     tree_zeros_like,
+    unbounded,
     working_dtype,
 )
 from ._base import LinearSolution, verify
@@ -127,7 +128,8 @@ def _allow(solution: LinearSolution, is_orthogonal: Array) -> LinearSolution:
     """Accept a large residual that is orthogonal to the range: least squares."""
     is_least_squares = (solution.result == RESULTS.stalled) & is_orthogonal
     result = RESULTS.where(is_least_squares, RESULTS.successful, solution.result)
-    tolerance = jnp.where(is_least_squares, jnp.inf, solution.tolerance)
+    assert solution.tolerance is not None
+    tolerance = jnp.where(is_least_squares, unbounded(solution.tolerance), solution.tolerance)
     return eqx.tree_at(
         lambda s: (s.result, s.tolerance, s.num_products),
         solution,

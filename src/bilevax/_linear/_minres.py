@@ -15,6 +15,7 @@ from .._tree import (
     tree_scale,
     tree_sub,
     tree_where,
+    unbounded,
 )
 from ._base import AbstractIterativeLinearSolver, LinearSolution
 from ._common import check_count, check_tolerance, scaled_start, signs_like, step_limit, target_norm
@@ -154,14 +155,14 @@ class MINRES(AbstractIterativeLinearSolver):
         self, state: "_State", scale: Scalar, norm_b: Scalar, target: Scalar
     ) -> LinearSolution:
         safe_norm = jnp.where(norm_b > 0, norm_b, 1)
-        tolerance = target / safe_norm
-        is_reported = self.num_steps is not None
-        if self.minimum_norm:
-            is_reported = is_reported | state.is_least_squares
+        tolerance = None if self.num_steps is not None else target / safe_norm
+        if tolerance is not None and self.minimum_norm:
+            is_reported = state.is_least_squares
+            tolerance = jnp.where(is_reported, unbounded(tolerance), tolerance)
         return LinearSolution(
             value=tree_scale(scale, state.v),
             residual=tree_norm(state.r) / safe_norm,
-            tolerance=jnp.where(is_reported, jnp.inf, tolerance),
+            tolerance=tolerance,
             num_steps=state.num_steps,
             num_products=state.num_products,
             result=state.result,

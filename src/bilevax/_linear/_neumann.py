@@ -100,7 +100,7 @@ class Neumann(AbstractIterativeLinearSolver):
         return LinearSolution(
             value=value,
             residual=norm / jnp.where(norm_b > 0, norm_b, 1),
-            tolerance=jnp.full_like(norm, jnp.inf),
+            tolerance=None,
             num_steps=num_terms,
             num_products=num_terms - 1 + step_products,
             result=result,

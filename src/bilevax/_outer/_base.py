@@ -11,14 +11,17 @@ from .._results import RESULTS
 
 
 class StepInfo(eqx.Module):
-    """What one outer step saw, at the theta it started from. For people, and for stopping."""
+    """What one outer step saw, at the theta it started from. For people, and for stopping.
+
+    What nobody knows is `None`, in every step of a run.
+    """
 
     value: Scalar
     hypergradient_norm: Scalar
     inner_residual: Scalar
-    adjoint_residual: Scalar
-    error_estimate: Scalar
-    predicted_decrease: Scalar  # of the value, by the optimiser's model, in its next step; or NaN
+    adjoint_residual: Scalar | None
+    error_estimate: Scalar | None
+    predicted_decrease: Scalar | None  # of the value, by the optimiser's model, in its next step
     result: RESULTS
     stats: dict[str, Array]
     is_usable: Bool[Array, ""]  # theta may move on it

@@ -44,11 +44,12 @@ def _chunk(
     num_moves: Array,
     num_evaluations: Array,
     tolerance: Array,
-) -> tuple[Any, tuple[Array, Array], Array, Array]:
+) -> tuple[Any, tuple[Array, Array], tuple[str, ...], Array, Array]:
     """At most `num_evaluations` steps, of which the first `num_moves` move theta.
 
     `first_row` is how many evaluations there were before, for `Best`.
-    The number of steps is an argument, so that chunks of any length are one program.
+    The number of steps is an argument, so that chunks of any length are one program. Also
+    returns the names of the columns.
     """
     dynamic, static = eqx.partition(state, eqx.is_array)
 
@@ -79,7 +80,7 @@ def _chunk(
     zero = jnp.asarray(0, jnp.int32)
     carry = jax.lax.while_loop(keep_going, body, (dynamic, buffers, zero, zero))
     dynamic, buffers, count, reason = carry
-    return eqx.combine(dynamic, static), buffers, count, reason
+    return eqx.combine(dynamic, static), buffers, _known(info_struct), count, reason
 
 
 run_chunk = lean_jit(_chunk, donate_first=True)
@@ -107,9 +108,13 @@ _FLOATS = (
 )
 
 
+def _known(info: StepInfo) -> tuple[str, ...]:
+    return tuple(name for name in _FLOATS if getattr(info, name) is not None)
+
+
 def _pack(info: StepInfo) -> tuple[Array, Array]:
     """An info as a row of floats and a row of integers; `columns` is the inverse."""
-    floats = [getattr(info, name) for name in _FLOATS]
+    floats = [getattr(info, name) for name in _known(info)]
     dtype = jnp.zeros(()).dtype
     integers = [info.result._value, *(info.stats[name] for name in STATS)]
     return (
@@ -118,9 +123,11 @@ def _pack(info: StepInfo) -> tuple[Array, Array]:
     )
 
 
-def columns(rows: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
-    """The columns of the history in the rows of a chunk."""
+def columns(
+    rows: tuple[np.ndarray, np.ndarray], known: tuple[str, ...]
+) -> dict[str, np.ndarray | None]:
+    """The columns of the history in the rows of a chunk; `None` for what nobody knows."""
     floats, integers = rows
-    columns = dict(zip(_FLOATS, floats.T, strict=True))
+    columns = {**dict.fromkeys(_FLOATS), **dict(zip(known, floats.T, strict=True))}
     names = ("result", *STATS)
     return {**columns, **dict(zip(names, integers.T, strict=True))}

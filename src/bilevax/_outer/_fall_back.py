@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from .._hypergradient._base import Estimate, HypergradientState
 from .._results import RESULTS
-from .._tree import tree_all_finite, tree_where, tree_zeros_like
+from .._tree import is_bounded, tree_all_finite, tree_where, tree_zeros_like
 
 MAX_FAILURES = 10
 _NUM_RETRIES = 2
@@ -40,14 +40,18 @@ def is_at_floor(estimate: Estimate) -> Bool[Array, ""]:
     Inner solvers say so below a measured floor. A linear solver says it where its residual
     no longer falls, which may also be far up.
     """
-    is_far = estimate.adjoint_residual > _LARGEST_ADJOINT_RESIDUAL  # False where there is none
-    return (estimate.result == RESULTS.stalled) & ~is_far
+    is_stalled = estimate.result == RESULTS.stalled
+    if estimate.adjoint_residual is None:
+        return is_stalled
+    return is_stalled & ~(estimate.adjoint_residual > _LARGEST_ADJOINT_RESIDUAL)
 
 
 def is_solved(estimate: Estimate) -> Bool[Array, ""]:
     """Whether its x is a solution of the inner problem, by its tolerance or up to rounding."""
+    if estimate.inner_tolerance is None:  # any x is what was asked for
+        return jnp.zeros_like(estimate.inner_residual, bool)
     is_small = estimate.inner_residual <= estimate.inner_tolerance
-    return jnp.isfinite(estimate.inner_tolerance) & (is_small | is_at_floor(estimate))
+    return is_bounded(estimate.inner_tolerance) & (is_small | is_at_floor(estimate))
 
 
 def fall_back(

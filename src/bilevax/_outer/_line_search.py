@@ -14,7 +14,16 @@ from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from .._hypergradient._base import Estimate
 from .._linear._common import largest_entry
-from .._tree import tree_all_finite, tree_axpy, tree_dot, tree_norm, tree_scale, tree_sub
+from .._tree import (
+    is_bounded,
+    tree_all_finite,
+    tree_axpy,
+    tree_dot,
+    tree_norm,
+    tree_scale,
+    tree_sub,
+    unbounded,
+)
 
 _ARMIJO = 1e-4
 _MAX_REJECTIONS = 20  # a factor of at most 2 each: a millionth of the step
@@ -25,15 +34,15 @@ _SAFETY = 4.0
 
 
 def value_noise(estimate: Estimate) -> Scalar:
-    """How far `dual_value` may be from `L(x*(theta), theta)`.
+    """How far `best_value` may be from `L(x*(theta), theta)`.
 
     `L(x) - F = v(s)' grad U` for some adjoint between x and x*, so the error of the dual
     value is its correction times the relative error of v: one order higher than the
     error of `value`.
     """
     error = relative_error(estimate, _UNKNOWN_ERROR)
-    correction = jnp.abs(estimate.value - estimate.dual_value)
-    rounding = 10 * jnp.finfo(correction.dtype).eps * jnp.abs(estimate.dual_value)
+    correction = jnp.abs(estimate.value - estimate.best_value)
+    rounding = 10 * jnp.finfo(correction.dtype).eps * jnp.abs(estimate.best_value)
     noise = _SAFETY * error.astype(correction.dtype) * correction + rounding
     return jnp.where(jnp.isfinite(noise), noise, 0)
 
@@ -41,7 +50,7 @@ def value_noise(estimate: Estimate) -> Scalar:
 def value_range(estimate: Estimate) -> tuple[Scalar, Scalar]:
     """Where `L(x*(theta), theta)` is, as far as the errors of `estimate` are known."""
     noise = value_noise(estimate)
-    return estimate.dual_value - noise, estimate.dual_value + noise
+    return estimate.best_value - noise, estimate.best_value + noise
 
 
 def gradient_noise(estimate: Estimate) -> Scalar:
@@ -55,12 +64,16 @@ def relative_error(estimate: Estimate, otherwise: float) -> Scalar:
     Where there is no error estimate, `otherwise` and the adjoint residual stand in.
     """
     norm = tree_norm(estimate.grad)
-    residual = estimate.adjoint_residual.astype(norm.dtype)
-    guess = otherwise + jnp.where(jnp.isfinite(residual), residual, 0)
-    error = estimate.error_estimate.astype(norm.dtype)
-    is_known = jnp.isfinite(error)
-    ratio = jnp.where(is_known, error, 0) / jnp.where(norm > 0, norm, 1)
-    return jnp.minimum(jnp.where(is_known, ratio, guess), 1)
+    guess = jnp.full_like(norm, otherwise)
+    if estimate.adjoint_residual is not None:
+        residual = estimate.adjoint_residual.astype(norm.dtype)
+        guess = guess + jnp.where(jnp.isfinite(residual), residual, 0)
+    if estimate.error_estimate is not None:
+        error = estimate.error_estimate.astype(norm.dtype)
+        is_known = is_bounded(error)
+        ratio = jnp.where(is_known, error, 0) / jnp.where(norm > 0, norm, 1)
+        guess = jnp.where(is_known, ratio, guess)
+    return jnp.minimum(guess, 1)
 
 
 def limited(
@@ -121,16 +134,16 @@ class Search(eqx.Module):
     is_first: Bool[Array, ""]  # nothing was accepted yet
 
     def accepts(self, estimate: Estimate) -> Bool[Array, ""]:
-        """Armijo on the dual value, relaxed by the noise of both values."""
-        value = estimate.dual_value
+        """Armijo on the best value, relaxed by the noise of both values."""
+        value = estimate.best_value
         allowed = self.value + _ARMIJO * self.slope + self.noise + value_noise(estimate)
-        return jnp.isfinite(value) & (self.is_first | (value <= allowed))
+        return is_bounded(value) & (self.is_first | (value <= allowed))
 
     def shortened(self, theta: PyTree, estimate: Estimate) -> "Search":
         """After a rejection: the minimum of the parabola through both values, within bounds."""
-        rise = estimate.dual_value - self.value - self.slope
+        rise = estimate.best_value - self.value - self.slope
         factor = jnp.where(rise > 0, -0.5 * self.slope / jnp.where(rise > 0, rise, 1), 0.5)
-        factor = jnp.where(jnp.isfinite(estimate.dual_value), jnp.clip(factor, 0.1, 0.5), 0.25)
+        factor = jnp.where(is_bounded(estimate.best_value), jnp.clip(factor, 0.1, 0.5), 0.25)
         step = tree_sub(self.point, theta)
         return eqx.tree_at(
             lambda s: (s.point, s.slope, s.num_rejections),
@@ -162,7 +175,7 @@ def first_search(theta: PyTree) -> Search:
     zero = jnp.zeros((), tree_norm(theta).dtype)
     nothing = jtu.tree_map(jnp.zeros_like, theta)
     count = jnp.zeros((), jnp.int32)
-    return Search(nothing, zero, zero, jnp.nan * zero, theta, zero, count, jnp.array(True))
+    return Search(nothing, zero, zero, unbounded(zero), theta, zero, count, jnp.array(True))
 
 
 def next_search(
@@ -171,7 +184,7 @@ def next_search(
     """After an acceptance at `point`: the next trial is `point + step`."""
     return Search(
         grad=estimate.grad,
-        value=estimate.dual_value.astype(like.value.dtype),
+        value=estimate.best_value.astype(like.value.dtype),
         noise=value_noise(estimate).astype(like.value.dtype),
         predicted_decrease=predicted_decrease.astype(like.value.dtype),
         point=jtu.tree_map(jnp.add, point, step),
@@ -183,5 +196,5 @@ def next_search(
 
 def is_finished(estimate: Estimate, predicted_decrease: Scalar) -> Bool[Array, ""]:
     """Whether the model predicts no decrease for the next step that this dtype could show."""
-    value = jnp.abs(estimate.dual_value)
+    value = jnp.abs(estimate.best_value)
     return predicted_decrease <= jnp.finfo(value.dtype).eps * value.astype(predicted_decrease.dtype)

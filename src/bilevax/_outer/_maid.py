@@ -16,6 +16,7 @@ from .._linear._common import largest_entry
 from .._problem import Bilevel, start_at, strong_convexity
 from .._results import RESULTS
 from .._tree import (
+    is_bounded,
     tree_all_finite,
     tree_axpy,
     tree_dot,
@@ -24,6 +25,7 @@ from .._tree import (
     tree_sub,
     tree_where,
     tree_zeros_like,
+    unbounded,
 )
 from ._base import AbstractMethod, StepInfo
 from ._fall_back import is_right
@@ -157,7 +159,7 @@ class MAID(AbstractMethod):
             step_size=jnp.asarray(self.step_size, tree_dtype(theta)),
             is_calibrated=jnp.array(False),
             tolerance=tolerance,
-            scale=jnp.zeros_like(known.dual_value),
+            scale=jnp.zeros_like(known.best_value),
             num_failures=jnp.asarray(0, jnp.int32),
         )
 
@@ -178,7 +180,7 @@ class MAID(AbstractMethod):
         def is_running(carry: _Carry) -> Bool[Array, ""]:
             wants_more = jnp.where(move, ~carry.has_moved, ~carry.is_known)
             is_open = (carry.num_evaluations < _MAX_EVALUATIONS) & ~carry.is_over
-            size = jnp.abs(carry.known.dual_value)
+            size = jnp.abs(carry.known.best_value)
             is_idle = carry.is_known & ~self._is_worthwhile(carry.known, carry, size)
             return wants_more & is_open & ~is_idle
 
@@ -190,7 +192,9 @@ class MAID(AbstractMethod):
         return at_tolerances(solver, self.hypergradient, problem.inner, x, (tolerance, tolerance))
 
     def _error(self, estimate: Estimate) -> Scalar:
-        return estimate.error_bound if self.certified else estimate.error_estimate
+        error = estimate.error_bound if self.certified else estimate.error_estimate
+        assert error is not None  # `init` has asked for it
+        return error
 
     def _is_accurate(self, estimate: Estimate) -> Bool[Array, ""]:
         norm = tree_norm(estimate.grad)
@@ -209,12 +213,13 @@ class MAID(AbstractMethod):
     def _is_worthwhile(self, estimate: Estimate, carry: "_Carry", scale: Scalar) -> Bool[Array, ""]:
         """Whether a step promises a decrease that could be seen in a value of size `scale`."""
         # A first step that was never tried says nothing of the problem.
-        step_size = jnp.where(carry.is_calibrated, carry.step_size, jnp.inf)
-        length = self._length(estimate.grad, step_size.astype(carry.step_size.dtype))
+        step_size = carry.step_size
+        step_size = jnp.where(carry.is_calibrated, step_size, unbounded(step_size))
+        length = self._length(estimate.grad, step_size)
         norm = tree_norm(estimate.grad)
         error = self._error(estimate).astype(norm.dtype)
         # An error hides a hypergradient of its own size.
-        norm = jnp.maximum(norm, jnp.where(jnp.isfinite(error), error, norm))
+        norm = jnp.maximum(norm, jnp.where(is_bounded(error), error, norm))
         gain = (length.astype(norm.dtype) * norm**2).astype(scale.dtype)
         return ~(gain <= 1e3 * jnp.finfo(gain.dtype).eps * scale)
 
@@ -232,7 +237,7 @@ class MAID(AbstractMethod):
         # 1. a trial: Armijo, with the noise of both values against it
         length = self._length(known.grad, carry.step_size)
         norm = tree_norm(known.grad)
-        change = new.dual_value - known.dual_value
+        change = new.best_value - known.best_value
         noise = value_noise(new) + value_noise(known)
         goal = -_ARMIJO * (length.astype(norm.dtype) * norm**2).astype(change.dtype)
         usable = is_right(new)
@@ -280,7 +285,7 @@ class MAID(AbstractMethod):
         seen, has_moved = carry.seen, carry.has_moved
         norm = tree_norm(seen.grad)
         # A value that has become small may still be a difference of large ones.
-        scale = jnp.maximum(state.scale, jnp.abs(seen.dual_value))
+        scale = jnp.maximum(state.scale, jnp.abs(seen.best_value))
         is_idle = ~self._is_worthwhile(seen, carry, scale)
         is_done = ~has_moved & is_idle & tree_all_finite(seen.grad)
         good = is_right(seen)
@@ -307,7 +312,7 @@ class MAID(AbstractMethod):
             inner_residual=seen.inner_residual,
             adjoint_residual=seen.adjoint_residual,
             error_estimate=self._error(seen),
-            predicted_decrease=jnp.full_like(seen.value, jnp.nan),
+            predicted_decrease=None,
             result=result,
             stats=carry.stats,
             is_usable=good & ~is_lost,

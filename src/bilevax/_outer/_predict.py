@@ -69,8 +69,12 @@ def follow(
     """
     move = tree_sub(estimate.x, anchor.x)
     residual = tree_norm(condition.residual(prediction.x, theta))
-    asked = jnp.maximum(estimate.inner_tolerance, estimate.inner_residual)
-    is_visible = prediction.is_known & (residual > _FLOOR * asked)
+    is_visible = prediction.is_known
+    if estimate.inner_tolerance is None:  # any x is what was asked for
+        is_visible = jnp.zeros_like(is_visible)
+    else:
+        asked = jnp.maximum(estimate.inner_tolerance, estimate.inner_residual)
+        is_visible = is_visible & (residual > _FLOOR * asked)
     step = tree_sub(theta, anchor.theta)
     back, is_known, num_products = _tangent(
         condition, linear_solver, estimate.x, theta, step, prediction.move, is_visible

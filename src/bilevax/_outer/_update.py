@@ -1,6 +1,7 @@
 """One interface to all outer optimisers, and the two kinds that are not ours: Optax, Optimistix."""
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,15 @@ import optimistix as optx
 from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._hypergradient._base import Estimate
-from .._tree import Opaque, optimizer_as_pytree, standard_promotion, strong, tree_dot, tree_sub
+from .._tree import (
+    Opaque,
+    optimizer_as_pytree,
+    standard_promotion,
+    strong,
+    tree_dot,
+    tree_sub,
+    unbounded,
+)
 
 
 class Update(NamedTuple):
@@ -22,7 +31,7 @@ class Update(NamedTuple):
     theta: PyTree[Array]
     state: PyTree
     is_done: Bool[Array, ""]
-    predicted_decrease: Scalar  # see `StepInfo`
+    predicted_decrease: Scalar | None  # see `StepInfo`
 
 
 class AbstractOuterOptimizer(eqx.Module):
@@ -81,10 +90,13 @@ def as_outer_optimizer(optimizer: Any) -> AbstractOuterOptimizer:
 def rejected(estimate: Estimate, usable: Bool[Array, ""]) -> Estimate:
     """`estimate`; where it is not usable, one that a line search rejects."""
     grad = jtu.tree_map(lambda a: jnp.where(usable, a, 0), estimate.grad)
-    value = jnp.where(usable, estimate.value, jnp.inf)
-    dual_value = jnp.where(usable, estimate.dual_value, jnp.inf)
-    return eqx.tree_at(
-        lambda e: (e.value, e.dual_value, e.grad), estimate, (value, dual_value, grad)
+
+    def high(value: Array) -> Array:
+        return jnp.where(usable, value, unbounded(value))
+
+    dual_value = None if estimate.dual_value is None else high(estimate.dual_value)
+    return dataclasses.replace(
+        estimate, value=high(estimate.value), dual_value=dual_value, grad=grad
     )
 
 
@@ -124,7 +136,7 @@ class _Optax(AbstractOuterOptimizer):
                 "objective by itself. Use bx.OuterLBFGS(), an Optimistix minimiser such as "
                 "optx.BFGS(rtol, atol), or optax.lbfgs(learning_rate, linesearch=None)."
             ) from error
-        return Update(new_theta, strong(new_state), jnp.array(False), _unknown(estimate))
+        return Update(new_theta, strong(new_state), jnp.array(False), None)
 
 
 class _Optimistix(AbstractOuterOptimizer):
@@ -160,7 +172,7 @@ class _Optimistix(AbstractOuterOptimizer):
         done, _ = self.optimizer.terminate(fn, new_theta, None, {}, new_state, _TAGS)
         new_dynamic, _ = eqx.partition(new_state, eqx.is_array)
         new_dynamic = jtu.tree_map(lambda a, b: a.astype(b.dtype), new_dynamic, dynamic)
-        return Update(new_theta, (new_dynamic, static), jnp.asarray(done), _unknown(estimate))
+        return Update(new_theta, (new_dynamic, static), jnp.asarray(done), None)
 
 
 def _known_at(point: PyTree, estimate: Estimate) -> Callable:
@@ -184,10 +196,6 @@ def _known_at(point: PyTree, estimate: Estimate) -> Callable:
 
 
 _TAGS: frozenset[object] = frozenset()
-
-
-def _unknown(estimate: Estimate) -> Scalar:
-    return jnp.full_like(estimate.value, jnp.nan)
 
 
 def _no_function(theta: PyTree, args: None) -> Any:

@@ -19,11 +19,12 @@ class History:
 
     - `value`: `L(x, theta)`.
     - `hypergradient_norm`: two-norm of the hypergradient.
-    - `inner_residual`, `adjoint_residual`, `error_estimate`: as in `Estimate`.
+    - `inner_residual`, `adjoint_residual`, `error_estimate`: as in `Estimate`; `None` where
+        the rule does not know them (NaN at its steps, where another one stood in for it).
     - `predicted_decrease`: the decrease of the value that the optimiser's model of it predicts
         for its next whole step (`OuterLBFGS`, `OuterNewton`). No bound on what is left: the
         model knows the curvature at this theta only. On a long flat tail it stays large where
-        the hypergradient does not. NaN for other optimisers.
+        the hypergradient does not. `None` for other optimisers.
     - `result`: the outcome, by name.
     - `num_inner_steps`, `num_adjoint_steps`: steps of the two solves.
     - `num_gradients`, `num_hessian_products`, `num_cross_products`: calls of the oracles.
@@ -33,9 +34,9 @@ class History:
     value: np.ndarray
     hypergradient_norm: np.ndarray
     inner_residual: np.ndarray
-    adjoint_residual: np.ndarray
-    error_estimate: np.ndarray
-    predicted_decrease: np.ndarray
+    adjoint_residual: np.ndarray | None
+    error_estimate: np.ndarray | None
+    predicted_decrease: np.ndarray | None
     result: np.ndarray
     num_inner_steps: np.ndarray
     num_adjoint_steps: np.ndarray
@@ -50,11 +51,12 @@ class History:
     def to_dict(self) -> dict[str, list[Any]]:
         """The columns as lists of Python numbers, ready for JSON or a data frame.
 
-        NaN, for what does not exist, becomes `None`, which JSON knows.
+        What is not known, and NaN, becomes `None`, which JSON knows.
         """
 
-        def plain(column: np.ndarray) -> list[Any]:
-            return [None if isinstance(a, float) and np.isnan(a) else a for a in column.tolist()]
+        def plain(column: np.ndarray | None) -> list[Any]:
+            entries = [None] * len(self) if column is None else column.tolist()
+            return [None if isinstance(a, float) and np.isnan(a) else a for a in entries]
 
         return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
@@ -70,3 +72,16 @@ class History:
         from ._plot import plot_history  # matplotlib is optional and slow to import
 
         return plot_history(self, axes)
+
+
+def joined(rows: list[dict[str, Any]], name: str) -> Any:
+    """One column of all rows; NaN where the rule of those rows does not know it.
+
+    `None` if no row has it.
+    """
+    parts = [row[name] for row in rows]
+    if all(part is None for part in parts):
+        return None
+    lengths = [len(row["value"]) for row in rows]
+    blank = [np.full(length, np.nan) for length in lengths]
+    return np.concatenate([b if a is None else a for a, b in zip(parts, blank, strict=True)])

@@ -26,7 +26,7 @@ def plot_history(history: "History", axes: Any = None) -> Any:
         ("predicted_decrease", "decrease predicted for the next step"),
     ):
         column = getattr(history, name)
-        if np.any(column > 0):  # NaN where there is no such number
+        if column is not None and np.any(column > 0):
             residual_axis.semilogy(steps, np.where(column > 0, column, np.nan), label=label)
     residual_axis.set(title="How near, how exact", xlabel="outer step")
     residual_axis.legend()

@@ -78,9 +78,9 @@ class Solution:
                 f"the best theta was that of outer step {self.best.step}, value {best:.6g}, and "
                 f"{which}; the last value was {last:.6g}"
             )
-        predicted = self.history.predicted_decrease[-1] if len(self.history) else np.nan
-        if np.isfinite(predicted):
-            lines.append(f"decrease predicted for the next step: {predicted:.2g}")
+        predicted = self.history.predicted_decrease
+        if predicted is not None and np.isfinite(predicted[-1]):
+            lines.append(f"decrease predicted for the next step: {predicted[-1]:.2g}")
         if stats["num_flagged"]:
             outcomes = self.history.result[self.history.result != "successful"]
             names, counts = np.unique(outcomes, return_counts=True)
