@@ -98,7 +98,9 @@ def norm(a: PyTree[Array]) -> Scalar:
     largest = largest_entry(a)
     is_usual = (largest > 0) & jnp.isfinite(largest)
     unit = jnp.where(is_usual, largest, 1)
-    return unit * tree_norm(jtu.tree_map(lambda x: x / unit, a))
+    # Not `unit * `: XLA computes `a` anew wherever it is used, fused in other ways and so
+    # rounded otherwise. Where `a` is all rounding, `unit` may be one in one place only.
+    return largest * tree_norm(jtu.tree_map(lambda x: x / unit, a))
 
 
 def norm_over_error(gradient: PyTree[Array], size: Scalar, error: Scalar) -> Scalar:

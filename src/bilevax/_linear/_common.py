@@ -52,7 +52,7 @@ def target_norm(
 ) -> Scalar:
     """What the norm of the residual must reach: `atol + rtol ||b||`, `b` divided by `scale`."""
     rtol = default_rtol(b) if rtol is None else rtol
-    return jnp.asarray(atol, norm_b.dtype) / scale + rtol * norm_b
+    return jnp.asarray(atol, norm_b.dtype) / jnp.where(scale > 0, scale, 1) + rtol * norm_b
 
 
 def step_limit(max_steps: int | None, b: PyTree[Array]) -> int:
@@ -67,15 +67,18 @@ def scaled_start(
 
     A guess of zeros, which is what a first call with a state has, costs no product.
     Scaled to entries of order one, because squares under- and overflow in float32.
+    The scale is zero where `b` is, and not one: XLA computes `b` anew wherever it is used,
+    rounded otherwise, and what was divided by rounding may be multiplied by that one.
     """
     scale = largest_entry(b)
-    scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
-    b = jtu.tree_map(lambda x: x / scale, b)
+    scale = jnp.where(jnp.isfinite(scale), scale, 1)
+    unit = jnp.where(scale > 0, scale, 1)
+    b = jtu.tree_map(lambda x: x / unit, b)
     # Without a guess r = b: A(0), a constant, is miscompiled on CPU in float32.
     zero = tree_zeros_like(b)
     if v0 is None:
         return scale, b, zero, b, jnp.zeros((), jnp.int32)
-    guess = jtu.tree_map(lambda x: x / scale, v0)
+    guess = jtu.tree_map(lambda x: x / unit, v0)
 
     def start_at_guess() -> tuple[PyTree[Array], PyTree[Array]]:
         r = tree_sub(b, matvec(guess))
