@@ -129,3 +129,68 @@ def test_jacobian_of_smallest_norm():
 def test_refused():
     with pytest.raises(ValueError, match="max_tangents"):
         bx.MinimumNorm(max_tangents=0)
+
+
+def _softmax(regularised_intercepts):
+    """Digits of three kinds as people fit them: the intercepts matter up to a constant."""
+    key = jax.random.key(0)
+    features = jax.random.normal(key, (60, 4))
+    labels = jnp.argmax(features[:, :3] + jnp.array([[0.3, 0, 0]]), axis=1)
+    train, validation = (features[:40], labels[:40]), (features[40:], labels[40:])
+
+    def loss(x, data):
+        features, labels = data
+        logits = features @ x["weights"] + x["intercepts"][None, :]
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)
+        return -jnp.mean(picked)
+
+    def inner(x, theta, data):
+        penalty = jnp.exp(theta) @ jnp.sum(x["weights"] ** 2, axis=1)
+        return loss(x, data) + penalty + regularised_intercepts * jnp.sum(x["intercepts"] ** 2)
+
+    problem = bx.Bilevel(
+        inner, lambda x, theta, data: loss(x, data), inner_data=train, outer_data=validation
+    )
+    x0 = {"weights": jnp.zeros((4, 3)), "intercepts": jnp.zeros(3)}
+    return problem, x0, jnp.array([-3.0, -4.0, -3.5, -3.0])
+
+
+def test_free_intercepts_have_one_answer_in_every_view():
+    problem, x0, theta = _softmax(0.0)
+    x_star = bx.argmin(problem)
+
+    def value(theta):
+        return problem.outer_value(x_star(x0, theta), theta)[0]
+
+    estimate, _ = bx.hypergradient(problem, x0, theta)
+    step = 1e-4 * jnp.eye(4)
+    finite = jnp.array([(value(theta + e) - value(theta - e)) / 2e-4 for e in step])
+    assert relative_error(estimate.grad, finite) < 1e-5
+    reverse = jax.jit(jax.grad(value))(theta)
+    batched = jax.vmap(jax.grad(value))(jnp.stack([theta, theta]))
+    rows = bx.jacobian(problem, estimate.x, theta).value["intercepts"]
+    _, moved = jax.jvp(value, (theta,), (step[0],))
+    for grad in (reverse, batched[1]):
+        assert relative_error(grad, estimate.grad) < 1e-8
+    assert relative_error(moved / 1e-4, estimate.grad[0]) < 1e-8
+    # Of the many responses the smallest: the intercepts do not move together.
+    assert jnp.all(jnp.abs(rows.sum(axis=0)) < 1e-8 * jnp.abs(rows).max())
+    # The derivative of the derivative, too.
+    hessian = jax.jacfwd(jax.grad(value))(theta)
+    slope = (jax.grad(value)(theta + step[1]) - jax.grad(value)(theta - step[1])) / 2e-4
+    assert relative_error(hessian[:, 1], slope) < 1e-4
+
+
+def test_a_solution_map_with_a_kink_is_still_singular():
+    # x = theta^(1/3): no derivative at zero, whatever the outer objective sees.
+    x_star = bx.argmin(bx.Minimum(lambda x, theta: jnp.sum(x**4) / 4 - theta * x[0]))
+    with pytest.raises(Exception, match="singular"):
+        jax.grad(lambda theta: jnp.sum(x_star(jnp.zeros(2), theta)))(0.0)
+
+
+def test_many_variables_by_products():
+    data, theta, x, grad = draw_singular(3, 300, 40, 1.0, 0.0)
+    problem = quadratic_problem(data)
+    x_star = bx.argmin(problem)
+    found = jax.grad(lambda theta: problem.outer_value(x_star(x, theta), theta)[0])(theta)
+    assert relative_error(found, grad) < 1e-5

@@ -54,6 +54,21 @@ def tree_where(pred: Bool[Array, ""], a: PyTree, b: PyTree) -> PyTree:
     return jtu.tree_map(lambda x, y: jnp.where(pred, x, y), a, b)
 
 
+def where_needed(
+    is_needed: Bool[Array, ""], compute: Callable[[], PyTree], otherwise: PyTree
+) -> PyTree:
+    """`compute()` if needed, else `otherwise`, arrays of the same types.
+
+    Unlike `jax.lax.cond` it costs nothing in a batch in which nobody needs it.
+    """
+
+    def body(carry: tuple) -> tuple:
+        del carry
+        return jnp.array(False), compute()
+
+    return jax.lax.while_loop(lambda carry: carry[0], body, (is_needed, otherwise))[1]
+
+
 def tree_all_finite(a: PyTree) -> Bool[Array, ""]:
     """Whether every entry of every floating-point leaf is finite."""
     leaves = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(a) if eqx.is_inexact_array(x)]

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._inner._base import AbstractInnerSolver, Counts
 from .._linear import (
+    DIRECT_SIZE,
     AbstractIterativeLinearSolver,
     Direct,
     LinearSolution,
@@ -39,6 +40,7 @@ from ._derivative import with_derivative
 from ._evidence import damping_bias, dual_value, with_evidence
 from ._implicit_function import System, attach_derivative
 from ._linearise import Linearised, linearise, outer_at
+from ._smallest_norm import smallest_norm
 
 
 class Implicit(AbstractHypergradient):
@@ -78,10 +80,12 @@ class Implicit(AbstractHypergradient):
 
     With a modulus of strong convexity (see `Minimum`) every estimate has an `error_bound`.
 
-    Where `A` turns out to be singular, `bx.hypergradient` and `bx.solve` go over from
-    `Implicit()` to `bx.MinimumNorm()`; with a linear solver chosen by you, under your own
-    `jit` and in `bx.argmin` the outcome is `singular` instead. Where negative curvature is
-    met, `x` is no minimum, and the outcome says so.
+    Where `A` turns out to be singular, and minima move smoothly all the same, `Implicit()`
+    takes the response of smallest norm: `bx.hypergradient` and `bx.solve` go over to
+    `bx.MinimumNorm()`, derivatives of `bx.argmin` and of Optimistix' solvers do so by
+    themselves. With a linear solver chosen by you, and in `bx.hypergradient` under your own
+    `jit`, the outcome is `singular` instead. Where negative curvature is met, `x` is no
+    minimum, and the outcome says so.
 
     What is differentiated: theta. The starting point `x0` has no influence on `x*`, and a
     dependence of `x0` on theta is ignored.
@@ -282,7 +286,7 @@ class Implicit(AbstractHypergradient):
             _damped_residual,
             args,
             x,
-            partial(_solve_at, throw=throw),
+            partial(_solve_at, throw=throw, may_choose=True),
             (undamped, condition, x, theta, inner_state),
             condition.is_symmetric,
             failed,
@@ -297,7 +301,7 @@ class Implicit(AbstractHypergradient):
             _adjoint_residual,
             (problem, x, theta, self.damping if self._is_damped else None),
             v,
-            partial(_solve_at, throw=False),
+            partial(_solve_at, throw=False, may_choose=False),
             (undamped, problem.inner, x, theta, inner_state),
             problem.inner.is_symmetric,
         )
@@ -328,17 +332,32 @@ class Implicit(AbstractHypergradient):
         x: PyTree,
         theta: PyTree,
         inner_state: PyTree = None,
+        cross: Callable | None = None,
     ) -> LinearSolution:
-        """One system by itself, its residual measured."""
+        """One system by itself, its residual measured.
+
+        With `cross`, the product with `B^T`, the solution of smallest norm of a singular one.
+        """
         at = Linearised(b, matvec, matvec, lambda v: (matvec(v), None))
-        memory = self._memory(condition, x)
-        adjoint, _, _ = self._solve(at, b, None, condition, x, theta, inner_state, memory)
+        if not (self.is_default and condition.is_symmetric):
+            cross = None
+        rule = self if cross is None else self.of_smallest_norm(b)
+        memory = rule._memory(condition, x)
+        adjoint, _, _ = rule._solve(at, b, None, condition, x, theta, inner_state, memory)
         damped = self._damped_product(matvec)
         product = damped(adjoint.value)
         adjoint = verify(adjoint, b, product)
-        if isinstance(self._solver(x, condition.is_symmetric), Direct):
+        if cross is not None:
+            adjoint = smallest_norm(adjoint, matvec, cross, b)
+        if isinstance(rule._solver(x, condition.is_symmetric), Direct):
             return adjoint
         return in_own_scale(adjoint, damped, b, product, x)
+
+    def of_smallest_norm(self, b: PyTree) -> "Implicit":
+        """The rule whose direct solver, for few variables, chooses among many solutions."""
+        if tree_size(b) > DIRECT_SIZE:
+            return self
+        return dataclasses.replace(self, linear_solver=Direct(minimum_norm=True))
 
     def _solve(
         self,
@@ -468,17 +487,21 @@ def _damped_residual(x: PyTree, args: tuple) -> PyTree:
     return residual if damping is None else tree_axpy(damping, tree_sub(x, at), residual)
 
 
-def _solve_at(memory: tuple, system: System, b: PyTree, *, throw: bool) -> PyTree:
+def _solve_at(memory: tuple, system: System, b: PyTree, *, throw: bool, may_choose: bool) -> PyTree:
     rule, condition, x, theta, inner_state = memory
-    adjoint = rule.solve_adjoint(system.matvec, b, condition, x, theta, inner_state)
+    cross = system.cross if may_choose else None
+    adjoint = rule.solve_adjoint(system.matvec, b, condition, x, theta, inner_state, cross)
     return solved_or_fail(adjoint, b, throw)
 
 
 def _solve_alone(rule: Implicit, system: System, b: PyTree, *, is_symmetric: bool) -> PyTree:
-    solver = rule._solver(b, is_symmetric)
+    is_free = rule.is_default and is_symmetric
+    solver = (rule.of_smallest_norm(b) if is_free else rule)._solver(b, is_symmetric)
     memory = _memory(solver, b)
     adjoint, _ = resume_linear(solver, system.matvec, b, None, None, memory, is_symmetric)
     adjoint = verify(adjoint, b, system.matvec(adjoint.value))
+    if is_free:
+        adjoint = smallest_norm(adjoint, system.matvec, system.cross, b)
     return solved_or_fail(adjoint, b, True)
 
 

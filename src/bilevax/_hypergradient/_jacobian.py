@@ -109,7 +109,7 @@ def _forward(
     at = linearise(problem.inner, x, theta)
 
     def solve(b: PyTree) -> LinearSolution:
-        return rule.solve_adjoint(at.forward, b, problem.inner, x, theta)
+        return rule.solve_adjoint(at.forward, b, problem.inner, x, theta, cross=at.cross)
 
     columns, systems = tangent_columns(problem.inner, at, x, theta, solve)
     # Columns come first; the entries of theta belong last.
@@ -124,7 +124,9 @@ def _reverse(
     at = linearise(problem.inner, x, theta)
 
     def row(direction: PyTree) -> tuple[PyTree, LinearSolution]:
-        solution = rule.solve_adjoint(at.adjoint, direction, problem.inner, x, theta)
+        solution = rule.solve_adjoint(
+            at.adjoint, direction, problem.inner, x, theta, cross=at.cross
+        )
         return jtu.tree_map(jnp.negative, at.both(solution.value)[1]), solution
 
     rows, systems = map_rows(row, tree_basis(x), at.both, x)

@@ -22,6 +22,10 @@ class Linearised(NamedTuple):
     adjoint: Product  # v -> A^T v
     both: Callable[[PyTree], tuple[PyTree, PyTree]]  # v -> (A^T v, B^T v), in one pass
 
+    def cross(self, v: PyTree) -> PyTree:
+        """`B^T v`."""
+        return self.both(v)[1]
+
 
 def linearise(condition: AbstractCondition, x: PyTree, theta: PyTree) -> Linearised:
     """Linearise the condition once; every product reuses it.

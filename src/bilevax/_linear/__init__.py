@@ -14,6 +14,7 @@ from ._minres import MINRES as MINRES
 from ._neumann import Neumann as Neumann
 from ._recycled import Recycled as Recycled
 from ._solve_linear import (
+    DIRECT_SIZE as DIRECT_SIZE,
     default_linear_solver as default_linear_solver,
     resume_linear as resume_linear,
     solve_linear as solve_linear,

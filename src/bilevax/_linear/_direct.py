@@ -20,6 +20,7 @@ from .._tree import (
     tree_size,
     tree_to_flat,
     unbounded,
+    where_needed,
     working_dtype,
 )
 from ._base import AbstractIterativeLinearSolver, LinearSolution
@@ -102,13 +103,22 @@ class Direct(AbstractIterativeLinearSolver):
         flat = jnp.where(is_finite, flat, 0)
         spectrum = in_turn(partial(self._spectrum, dtype=dtype), size)(columns)
 
-        first = spectrum.solve(flat)
-        product = tree_to_flat(matvec(flat_to_tree(first.astype(dtype), b)))
-        residual = flat - product.astype(work)
-        change = spectrum.solve(residual)
-        # False also where the product is not a number.
-        is_better = jnp.sum(change**2) <= 0.25 * jnp.sum(first**2)
-        value = first + jnp.where(is_better, change, 0)
+        def refined(spectrum: _Spectrum) -> Float[Array, " d"]:
+            first = spectrum.solve(flat)
+            product = tree_to_flat(matvec(flat_to_tree(first.astype(dtype), b)))
+            change = spectrum.solve(flat - product.astype(work))
+            # False also where the product is not a number.
+            is_better = jnp.sum(change**2) <= 0.25 * jnp.sum(first**2)
+            return first + jnp.where(is_better, change, 0)
+
+        value = refined(spectrum)
+        if self.minimum_norm:
+            # A regular matrix, whose answer is unique, is not to pay for the projections.
+            value = where_needed(
+                jnp.any(spectrum.is_zero),
+                lambda: refined(spectrum.with_projections(self.is_symmetric)),
+                value,
+            )
 
         # Backward error: v solves a system that differs from this one by rounding.
         missing = _norm(spectrum.outside(flat))
@@ -130,8 +140,7 @@ class Direct(AbstractIterativeLinearSolver):
         return _solution(value, relative, tolerance, size + 1, result)
 
     def _spectrum(self, columns: Float[Array, "d d"], dtype: Any) -> "_Spectrum":
-        spectrum = (_eigenvalues if self.is_symmetric else _singular_values)(columns, dtype)
-        return spectrum.with_projections() if self.minimum_norm else spectrum
+        return (_eigenvalues if self.is_symmetric else _singular_values)(columns, dtype)
 
     def compute(self, state: Any, vector: PyTree[Array], options: dict[str, Any]) -> Any:
         is_symmetric = self.is_symmetric and lx.is_symmetric(state)
@@ -164,12 +173,12 @@ class _Spectrum(NamedTuple):
     def is_zero(self) -> Bool[Array, " d"]:
         return jnp.abs(self.values) <= self.threshold
 
-    def with_projections(self) -> "_Spectrum":
+    def with_projections(self, is_symmetric: bool) -> "_Spectrum":
         """The spectrum whose `solve` is that of the pseudo-inverse."""
-        null = _projection(self.right * self.columns[:, None], self.is_zero)
-        is_symmetric = self.left is self.right
+        project = in_turn(_projection, len(self.values))
+        null = project(self.right * self.columns[:, None], self.is_zero)
         left = self.left * self.rows[:, None]
-        not_range = null if is_symmetric else _projection(left, self.is_zero)
+        not_range = null if is_symmetric else project(left, self.is_zero)
         return self._replace(null=null, not_range=not_range)
 
     def solve(self, b: Float[Array, " d"]) -> Float[Array, " d"]:
