@@ -267,3 +267,15 @@ def test_nested_pytrees_run(tmp_path):
         num_steps=400,
     )
     assert relative_error(solution.theta, oracle.theta_star) < 1e-3
+
+
+def test_many_entries_of_theta_and_few_outer_examples_are_remarked_on():
+    problem = bx.Bilevel(
+        lambda x, theta: jnp.sum(jnp.exp(theta) * x**2 + (x - 1) ** 2),
+        lambda x, theta, data: jnp.mean((data - jnp.sum(x)) ** 2),
+        outer_data=jnp.arange(40.0),
+    )
+    for size, is_said in ((2, False), (5, True)):
+        solution = bx.solve(problem, jnp.zeros(size), jnp.zeros(size), num_steps=1)
+        assert solution.stats["num_outer_rows"] == 40
+        assert (f"{size} entries of theta were fitted to 40 outer" in str(solution)) == is_said

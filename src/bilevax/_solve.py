@@ -29,7 +29,7 @@ from ._reach._traced import refuse_traced
 from ._report._history import COUNTS, History, joined
 from ._report._interrupt import Interrupt
 from ._report._progress import Progress, progress_bar
-from ._report._solution import BestEvaluation, Solution
+from ._report._solution import BestEvaluation, Solution, num_rows
 from ._results import RESULTS, SolveError
 
 _MAX_FINAL_EVALUATIONS = 5
@@ -336,6 +336,7 @@ class _Run:
             "num_flagged": int(np.sum(history.result != "successful")),
             "stopped_by": stopped_by,
             "singular_since": self.singular_since,
+            "num_outer_rows": num_rows(self.given[0].outer_data),
             "rule_reason": self.rule_reason,
             "seconds": time.perf_counter() - self.start_time,
             "seconds_first_step": float(history.seconds[0]),

@@ -3,11 +3,18 @@
 import dataclasses
 from typing import Any
 
+import equinox as eqx
+import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._results import RESULTS
+from .._tree import tree_size
 from ._history import COUNTS, History
+
+# With fewer examples for each entry of theta the outer value is not to be believed. A rule of
+# thumb: `examples/plot_ridge_per_feature.py` has four for each, and loses as often as it wins.
+_EXAMPLES_PER_ENTRY = 10
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,9 +48,10 @@ class Solution:
     - `stats`: `num_steps`, `last_value`, `num_flagged` (outer evaluations that were flagged),
         `stopped_by` ("num_steps", "tolerance", "callback", "optimizer", "interrupt" or
         "failure"), `singular_since` (the outer step from which on `MinimumNorm` stood in for
-        `Implicit`, or `None`), `rule_reason` (with `rule="auto"`: which rule, and why; else
-        `None`), `seconds`, `seconds_first_step` (compilation, for the most part) and
-        the totals of the oracle counts.
+        `Implicit`, or `None`), `num_outer_rows` (the length that all arrays of the outer data
+        share, the number of examples, or `None`), `rule_reason` (with `rule="auto"`: which
+        rule, and why; else `None`), `seconds`, `seconds_first_step` (compilation, for the most
+        part) and the totals of the oracle counts.
     """
 
     x: PyTree[Array]
@@ -93,6 +101,25 @@ class Solution:
                 "singular adjoint systems: the response of smallest norm (bx.MinimumNorm) from "
                 f"outer step {stats['singular_since']} on"
             )
+        lines += _overfitting(self.theta, stats["num_outer_rows"])
         message = RESULTS[self.result]
         lines.append(f"result: {message}" if message else "result: successful")
         return "\n".join(lines)
+
+
+def num_rows(data: PyTree) -> int | None:
+    """The length of the first axis that all arrays in `data` share, if they do."""
+    lengths = {a.shape[0] for a in jtu.tree_leaves(data) if eqx.is_array_like(a) and np.ndim(a)}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def _overfitting(theta: PyTree, num_outer_rows: int | None) -> list[str]:
+    size = tree_size(eqx.filter(theta, eqx.is_inexact_array))
+    if num_outer_rows is None or size < 2 or num_outer_rows >= _EXAMPLES_PER_ENTRY * size:
+        return []
+    reminder = (
+        f"{size} entries of theta were fitted to {num_outer_rows} outer examples: the outer "
+        "objective promises more than new data keep. Judge by data that neither level has seen "
+        "(callback=...)"
+    )
+    return [reminder]
