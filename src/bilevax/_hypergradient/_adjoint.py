@@ -27,8 +27,9 @@ from ._linearise import Linearised
 DENSE_EVIDENCE = 256
 # Of the effect of the variables on the outer objective, what a solve may leave out.
 _LEFT = 1e-2
-# How much more than the accuracy asked for in one norm of all entries.
-_COARSER = 10.0
+# How much more than the accuracy asked for in one norm of all entries. Conjugate gradients
+# to 1e-3 leave up to 1e-2 on a ridge whose features differ in scale by 30.
+_COARSER = 100.0
 
 
 def with_rtol(solver: Any, rtol: Scalar | float) -> Any:
@@ -73,8 +74,7 @@ def in_own_scale(
         return norm(jtu.tree_map(jnp.multiply, x, a))
 
     left, size = weighed(residual), weighed(b)
-    asked = adjoint.tolerance / jnp.where(size > 0, norm(b), 1)
-    may_leave = jnp.maximum(_LEFT, _COARSER * asked)
+    may_leave = jnp.maximum(_LEFT, _COARSER * adjoint.tolerance)
     is_open = (adjoint.result == RESULTS.successful) & (left > may_leave * size)
     is_open &= is_bounded(adjoint.tolerance)  # in the least-squares sense it may be anything
 
