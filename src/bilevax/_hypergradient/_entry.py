@@ -28,6 +28,7 @@ from .._problem import (
 from .._results import RESULTS, SolveError
 from .._tree import is_traced, lean_jit, stop_gradient
 from ._base import AbstractHypergradient, Estimate, HypergradientState
+from ._hoist import Hoisted
 from ._implicit import Implicit
 from ._minimum_norm import MinimumNorm
 from ._sharded import by_device
@@ -223,11 +224,13 @@ def argmin(
         inner_solver: Any,
         rule: AbstractHypergradient,
     ) -> PyTree:
-        hoisted = _hoist(problem, x0, theta)
-        if is_traced(hoisted.inner.fn):
-            # `inner` closes over traced values: they live in this call only, so that a
-            # compiled function kept for the next call must not see them.
-            return _solution(hoisted, inner_solver, rule, x0, theta, throw)
+        fn = _hoist(problem, x0, theta)
+        if is_traced(fn) or fn.program.has_tracer:
+            problem = eqx.tree_at(lambda p: p.inner.fn, problem, fn)
+        if fn.program.has_tracer:
+            # A traced value that lives in this call only: a compiled function that is kept
+            # for the next call must not see it.
+            return _solution(problem, inner_solver, rule, x0, theta, throw)
         return _jitted_solution(problem, inner_solver, rule, x0, theta, throw)
 
     return x_star
@@ -296,21 +299,19 @@ def _init(
     return _in_user_structure(state, bound, theta_arrays)
 
 
-def _hoist(problem: Bilevel, x0: PyTree, theta: PyTree) -> Bilevel:
-    """`problem` with what its inner function closes over as leaves of the function."""
+def _hoist(problem: Bilevel, x0: PyTree, theta: PyTree) -> Hoisted:
+    """The inner function with what it closes over as leaves."""
     data = () if problem.inner_data is None else (problem.inner_data,)
-    x = start_at(x0, theta)
-    fn = eqx.filter_closure_convert(problem.inner.fn, x, theta, *data)
-    return eqx.tree_at(lambda p: p.inner.fn, problem, fn)
+    return Hoisted(problem.inner.fn, start_at(x0, theta), theta, *data)
 
 
 def _lift(problem: Bilevel, *args: Any) -> tuple:
     """The arguments of `_estimate`, with what both functions close over as arrays."""
     _, _, x0, theta, _ = args
     data = () if problem.outer_data is None else (problem.outer_data,)
-    outer = eqx.filter_closure_convert(problem.outer, start_at(x0, theta), theta, *data)
-    hoisted = _hoist(problem, x0, theta)
-    return eqx.tree_at(lambda p: p.outer, hoisted, outer), *args
+    outer = Hoisted(problem.outer, start_at(x0, theta), theta, *data)
+    inner = _hoist(problem, x0, theta)
+    return eqx.tree_at(lambda p: (p.inner.fn, p.outer), problem, (inner, outer)), *args
 
 
 @partial(lean_jit, lift=_lift)

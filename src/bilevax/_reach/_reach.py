@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ._code import is_library_module
-from ._tokens import Key
+from ._tokens import Key, Whole
 from ._walk import MISSING, Walk
 
 ARRAY: Any = type("Array", (), {"__doc__": "Stands for an array among the static leaves."})()
@@ -129,6 +129,6 @@ def _static_token(walk: Walk, static: Any) -> Any:
         return tuple(_static_token(walk, item) for item in static)
     if isinstance(static, dict):
         return tuple(_static_token(walk, item) for item in static.values())
-    if static is None or isinstance(static, bool | int | float | str | np.dtype):
+    if static is None or isinstance(static, bool | int | float | str | np.dtype | Whole):
         return None
     return walk.token(static)
