@@ -263,3 +263,26 @@ def test_a_line_search_rejects_a_trial_that_is_not_finite():
         solution = bx.solve(problem, 0.0, 0.0, method, num_steps=30)
     assert solution.result == bx.RESULTS.successful
     assert float(solution.theta) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_errors_of_compiled_programs_end_with_the_sentence(caplog):
+    x_star = bx.argmin(lambda x, theta: jnp.sum(x**4) / 4 - theta * x[0])
+    early = bx.argmin(
+        lambda x, theta: jnp.sum((x - theta) ** 2), bx.Descent(optax.sgd(1e-3), num_steps=2)
+    )
+
+    def map_of(fn):
+        return lambda theta: fn(jnp.zeros(2), theta)
+
+    # As itself where the error passes through this library; wrapped by JAX elsewhere.
+    for call in (map_of(early), jax.vmap(map_of(early)), jax.jacrev(map_of(early))):
+        with pytest.raises(bx.SolveError) as caught:
+            call(jnp.ones(2))
+        assert caught.value.result == bx.RESULTS.inner_not_converged
+        assert caught.value.__suppress_context__
+    for call in (jax.jacrev(map_of(x_star)), jax.jit(jax.jacrev(map_of(x_star)))):
+        with pytest.raises(jax.errors.JaxRuntimeError) as wrapped:
+            call(0.0)
+        sentence = bx.RESULTS[bx.RESULTS.singular]
+        assert str(wrapped.value).rstrip().endswith(f"SolveError: {sentence}")
+    assert not caplog.records  # JAX would log the way through itself

@@ -25,6 +25,7 @@ from .._problem import (
     start_as_arrays,
     start_at,
 )
+from .._raise import fail_where, unwrapped
 from .._results import RESULTS, SolveError
 from .._tree import is_traced, lean_jit, stop_gradient
 from ._base import AbstractHypergradient, Estimate, HypergradientState
@@ -215,7 +216,10 @@ def argmin(
     def x_star(x0: PyTree, theta: PyTree) -> PyTree:
         x0 = start_as_arrays(x0)
         theta = as_arrays(theta)
-        return by_device(solved, problem, x0, theta, inner_solver, differentiate, throw=throw)
+        with unwrapped():
+            x = by_device(solved, problem, x0, theta, inner_solver, differentiate, throw=throw)
+            # Outside of every transformation an error is raised here, not where x is used.
+            return x if is_traced(x) or not throw else jax.block_until_ready(x)
 
     def solved(
         problem: Bilevel,
@@ -260,7 +264,8 @@ def raise_failure(estimate: Any) -> Any:
     """
     result = estimate.result
     if result.is_traced():
-        return result.error_if(estimate, result != RESULTS.successful)
+        with unwrapped():
+            return fail_where(estimate, result != RESULTS.successful, result)
     if _is(result, RESULTS.successful):
         return estimate
     numbers = f"inner residual {float(estimate.inner_residual):.2e}"

@@ -23,6 +23,7 @@ from .._linear import (
 from .._linear._common import check_tolerance, largest_entry
 from .._precondition._base import AbstractPreconditioner, as_preconditioner
 from .._problem import AbstractCondition, Bilevel, start_at
+from .._raise import fail_where
 from .._results import RESULTS, first_failure
 from .._tree import (
     lax_while_loop,
@@ -509,7 +510,7 @@ def or_fail(x: PyTree, result: RESULTS, throw: bool) -> PyTree:
     """`x`; where `result` is a failure an error or, without `throw`, NaN."""
     failed = result != RESULTS.successful
     if throw:
-        return result.error_if(x, failed)
+        return fail_where(x, failed, result)
     # Added, so that the derivative is that of x: through a where it would be zero.
     poison = jnp.where(failed, jnp.nan, 0.0)
     return jax.tree_util.tree_map(lambda a: a + poison.astype(a.dtype), x)

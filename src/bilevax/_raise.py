@@ -1,0 +1,79 @@
+"""Failures of compiled programs as errors."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Generator
+from typing import Any
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Bool, PyTree
+
+from ._results import RESULTS, SolveError
+
+
+def fail_where(x: PyTree, failed: Bool[Array, "..."], result: RESULTS) -> PyTree:
+    """`x`; a `SolveError` when the program is run and any of `failed` is true.
+
+    JAX hands on what a callback raises in an error of its own, the message last. Like
+    Equinox' errors, which need not end with the message, it is raised for a batch if one
+    element has failed, and has no part in derivatives; `EQX_ON_ERROR` is respected.
+    """
+    if os.environ.get("EQX_ON_ERROR", "raise") != "raise":
+        return result.error_if(x, failed)
+    arrays, rest = eqx.partition(x, eqx.is_array)
+    any_failed = eqxi.unvmap_any(failed)
+    code = eqxi.unvmap_max(jnp.where(failed, result._value, 0))
+    return eqx.combine(_checked(arrays, any_failed, code), rest)
+
+
+@eqx.filter_custom_jvp
+def _checked(x: PyTree, failed: Bool[Array, ""], code: Array) -> PyTree:
+    structure = jax.eval_shape(lambda: x)
+
+    def fail() -> PyTree:
+        out = jax.pure_callback(_raise, structure, code)
+        # Where the runtime cannot raise (TPUs) it goes on with anything.
+        nan = float("nan")
+        return jtu.tree_map(lambda a: a + nan if eqx.is_inexact_array(a) else a, out)
+
+    return jax.lax.cond(failed, fail, lambda: x)
+
+
+@_checked.def_jvp
+def _checked_jvp(primals: tuple, tangents: tuple) -> tuple[PyTree, PyTree]:
+    return _checked(*primals), tangents[0]
+
+
+def _raise(code: np.ndarray) -> Any:
+    # JAX logs what a callback raises with its whole way through JAX, and then raises it.
+    logging.getLogger("jax._src.callback").addFilter(_is_news)
+    raise _solve_error(int(code))
+
+
+def _solve_error(code: int) -> SolveError:
+    result = next(r for r in RESULTS._name_to_item.values() if int(r._value) == code)
+    return SolveError(RESULTS[result], result)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], SolveError))
+
+
+@contextlib.contextmanager
+def unwrapped() -> Generator[None]:
+    """A `SolveError` that JAX has wrapped into an error of its own comes out as itself."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        for result in RESULTS._name_to_item.values():
+            message = RESULTS[result]
+            if message and f"SolveError: {message}" in text:
+                raise SolveError(message, result) from None
+        raise
