@@ -18,6 +18,7 @@ from ._diagnose._recommendation import describe
 from ._hypergradient._base import AbstractHypergradient
 from ._hypergradient._entry import check_types, explained, is_unexplained
 from ._hypergradient._implicit import Implicit
+from ._hypergradient._locate import locate
 from ._inner._external import External
 from ._inner._optimistix import check_positive
 from ._outer._base import AbstractMethod
@@ -31,6 +32,7 @@ from ._report._interrupt import Interrupt
 from ._report._progress import Progress, progress_bar
 from ._report._solution import BestEvaluation, Solution, num_rows
 from ._results import RESULTS, SolveError
+from ._tree import debugged
 
 _MAX_FINAL_EVALUATIONS = 5
 _INSTEAD = (
@@ -232,7 +234,7 @@ class _Run:
                     chunk = int(np.clip(_CHUNK_SECONDS / max(seconds, 1e-9), 1, MAX_CHUNK))
                 if callback is not None:
                     chunk = min(chunk, callback_every - self.num_moves % callback_every)
-                if self.external is not None:
+                if self.external is not None or any(debugged()):  # each step is looked at
                     chunk = 1
         finally:
             bar.close()
@@ -248,7 +250,7 @@ class _Run:
         """One chunk; the reason to stop, if there is one."""
         if self.external is not None:
             self._solve_on_host(num_moves > 0)
-        (self.state, self.best), infos, known, count, reason = run_chunk(
+        args = (
             (self.state, self.best),
             self.problem,
             self.method,
@@ -258,11 +260,19 @@ class _Run:
             jnp.asarray(num_evaluations, jnp.int32),
             jnp.asarray(tolerance, float),
         )
+        begin = self.state.x if any(debugged()) else None
+        try:
+            (self.state, self.best), infos, known, count, reason = run_chunk(*args)
+        except FloatingPointError:
+            self._locate(begin, self.state.theta)
+            raise
         infos, count, reason = jax.device_get((infos, count, reason))
         count, why = int(count), REASONS[int(reason)]
         if why == "singular":
             return self._go_over(infos, known, count, (num_moves, num_evaluations, tolerance))
         self._record(infos, known, count, num_moves)
+        if begin is not None and _RESULT_NAMES[int(self.rows[-1]["result"][-1])] == "nonfinite":
+            self._locate(begin, self.state.point)
         return why
 
     def _go_over(
@@ -288,6 +298,12 @@ class _Run:
         self.rows.append(row)
         self.num_rows += count
         self.num_moves += min(count, num_moves)
+
+    def _locate(self, x: PyTree, theta: PyTree) -> None:
+        """Where JAX is to find NaN: an error from the user's line, if one is made from x on."""
+        problem, _ = self.given
+        x, theta = restore(self.problem.inner, x, theta)
+        locate(problem, self.method.inner_solver, x, theta)  # type: ignore[attr-defined]
 
     def _solve_on_host(self, moves: bool) -> None:
         """Run the black box where the method will look next."""

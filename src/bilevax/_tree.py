@@ -187,8 +187,14 @@ def unbounded(like: Array) -> Array:
 
     Infinity; where `jax_debug_infs` forbids that, the largest number of the dtype.
     """
-    is_forbidden = jax.config.jax_debug_infs  # type: ignore[attr-defined]
+    _, is_forbidden = debugged()
     return jnp.full_like(like, jnp.finfo(like.dtype).max if is_forbidden else jnp.inf)
+
+
+def debugged() -> tuple[bool, bool]:
+    """Whether JAX is to raise where a NaN, and where an infinity, is made."""
+    config: Any = jax.config
+    return config.jax_debug_nans, config.jax_debug_infs
 
 
 def is_bounded(a: Array) -> Bool[Array, "..."]:
@@ -233,11 +239,15 @@ def lean_jit(fn: Callable, *, donate_first: bool = False, lift: Callable | None 
         if reached.has_tracer and not is_lifted:
             assert lift is not None
             return call(*lift(*args), is_lifted=True)
-        program = programs.get(reached.key)
+        debug = debugged()
+        key = reached.key, debug
+        program = programs.get(key)
         if program is None:
-            program = _Program(fn, treedef, static, donate_first, reached.state)
+            # Where it finds a NaN, JAX runs again with the arguments, which must be there.
+            donate = donate_first and not any(debug)
+            program = _Program(fn, treedef, static, donate, reached.state)
             if not reached.has_tracer:  # what reaches a traced value lives in this call only
-                programs[reached.key] = program
+                programs[key] = program
                 if len(programs) > _MAX_PROGRAMS:
                     programs.pop(next(iter(programs)), None)
         program.reached = reached

@@ -25,12 +25,13 @@ from .._problem import (
     start_as_arrays,
     start_at,
 )
-from .._raise import fail_where, unwrapped
+from .._raise import unwrapped
 from .._results import RESULTS, SolveError
 from .._tree import is_traced, lean_jit, stop_gradient
 from ._base import AbstractHypergradient, Estimate, HypergradientState
 from ._hoist import Hoisted
-from ._implicit import Implicit
+from ._implicit import Implicit, error_if
+from ._locate import locating
 from ._minimum_norm import MinimumNorm
 from ._sharded import by_device
 from ._structure import warn_of_structure
@@ -115,7 +116,10 @@ def _hypergradient(
     if isinstance(inner_solver, External) and not is_traced((problem, x0, theta)):
         x0 = run_on_host(problem, inner_solver, x0, theta)
         inner_solver = inner_solver.as_given()
-    estimate, new_state = _estimate(problem, inner_solver, rule, x0, theta, state)
+    estimate, new_state = locating(
+        partial(_estimate, problem, inner_solver, rule, x0, theta, state),
+        *(problem, inner_solver, x0, theta),
+    )
     if is_singular(rule, estimate.result):
         first, start = estimate, estimate.x
         estimate, new_state = _estimate(
@@ -231,11 +235,11 @@ def argmin(
         fn = _hoist(problem, x0, theta)
         if is_traced(fn) or fn.program.has_tracer:
             problem = eqx.tree_at(lambda p: p.inner.fn, problem, fn)
-        if fn.program.has_tracer:
-            # A traced value that lives in this call only: a compiled function that is kept
-            # for the next call must not see it.
-            return _solution(problem, inner_solver, rule, x0, theta, throw)
-        return _jitted_solution(problem, inner_solver, rule, x0, theta, throw)
+        # A traced value that lives in this call only: a compiled function that is kept for
+        # the next call must not see it.
+        solve = _solution if fn.program.has_tracer else _jitted_solution
+        call = partial(solve, problem, inner_solver, rule, x0, theta, throw)
+        return locating(call, problem, inner_solver, x0, theta)
 
     return x_star
 
@@ -265,7 +269,7 @@ def raise_failure(estimate: Any) -> Any:
     result = estimate.result
     if result.is_traced():
         with unwrapped():
-            return fail_where(estimate, result != RESULTS.successful, result)
+            return error_if(estimate, result, result != RESULTS.successful)
     if _is(result, RESULTS.successful):
         return estimate
     numbers = f"inner residual {float(estimate.inner_residual):.2e}"

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -26,6 +27,7 @@ from .._problem import AbstractCondition, Bilevel, start_at
 from .._raise import fail_where
 from .._results import RESULTS, first_failure
 from .._tree import (
+    debugged,
     lax_while_loop,
     stop_gradient,
     tree_all_finite,
@@ -509,11 +511,30 @@ def _solve_alone(rule: Implicit, system: System, b: PyTree, *, is_symmetric: boo
 def or_fail(x: PyTree, result: RESULTS, throw: bool) -> PyTree:
     """`x`; where `result` is a failure an error or, without `throw`, NaN."""
     failed = result != RESULTS.successful
-    if throw:
-        return fail_where(x, failed, result)
+    return error_if(x, result, failed) if throw else _poisoned(x, failed, jnp.nan)
+
+
+def error_if(x: PyTree, result: RESULTS, failed: Bool[Array, ""]) -> PyTree:
+    """`x`; an error where `failed`.
+
+    Where JAX looks for numbers that are lost, a lost one is returned: JAX then runs the whole
+    again outside of `jit`, and `locate` finds the user's line.
+    """
+    finds_nan, finds_infinity = debugged()
+    if finds_nan or finds_infinity:
+        is_lost = result == RESULTS.nonfinite
+        x, failed = _poisoned(x, is_lost, jnp.nan if finds_nan else jnp.inf), failed & ~is_lost
+    return fail_where(x, failed, result)
+
+
+def _poisoned(x: PyTree, failed: Bool[Array, ""], poison: float) -> PyTree:
     # Added, so that the derivative is that of x: through a where it would be zero.
-    poison = jnp.where(failed, jnp.nan, 0.0)
-    return jax.tree_util.tree_map(lambda a: a + poison.astype(a.dtype), x)
+    added = jnp.where(failed, poison, 0.0)
+
+    def add(a: Any) -> Any:
+        return a + added.astype(a.dtype) if eqx.is_inexact_array(a) else a
+
+    return jax.tree_util.tree_map(add, x)
 
 
 def solved_or_fail(solution: LinearSolution, b: PyTree, throw: bool) -> PyTree:

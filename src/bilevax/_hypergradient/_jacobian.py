@@ -1,5 +1,7 @@
 """The Jacobian of the solution map, for people who want the matrix."""
 
+from functools import partial
+
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -16,6 +18,7 @@ from ._base import as_stats
 from ._entry import check_types, raise_failure
 from ._implicit import Implicit
 from ._linearise import linearise
+from ._locate import locating
 from ._tangent import tangent_columns
 
 
@@ -80,7 +83,8 @@ def jacobian(
     check_types(problem, rule)
     if not isinstance(rule, Implicit):
         raise TypeError(f"`rule` must be a bx.Implicit; got {type(rule).__name__}.")
-    out = _jacobian(problem, as_arrays(x), as_arrays(theta), rule)
+    x, theta = as_arrays(x), as_arrays(theta)
+    out = locating(partial(_jacobian, problem, x, theta, rule), problem, Given(), x, theta)
     return raise_failure(out) if throw else out
 
 

@@ -1,5 +1,6 @@
 """Hypergradients of several outer objectives of one inner problem."""
 
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -20,6 +21,7 @@ from ._entry import check_types, raise_failure
 from ._evidence import dual_value
 from ._implicit import Implicit
 from ._linearise import linearise
+from ._locate import locating
 
 
 def hypergradients(
@@ -74,7 +76,8 @@ def hypergradients(
             f"{rule!r}."
         )
     x0 = start_as_arrays(x0)
-    estimate = _hypergradients(problem, inner_solver, rule, x0, as_arrays(theta))
+    args = problem, inner_solver, x0, as_arrays(theta)
+    estimate = locating(partial(_hypergradients, *args[:2], rule, *args[2:]), *args)
     return raise_failure(estimate) if throw else estimate
 
 
