@@ -12,8 +12,6 @@ import pytest
 import bilevax as bx
 
 
-
-
 @pytest.fixture
 def nans():
     jax.config.update("jax_debug_nans", True)
@@ -103,7 +101,7 @@ def of_the_gradient(x, theta):
 
 
 def on_the_way(x, theta):
-    return jnp.sum(theta * x - 0.01 * jnp.log(x))  # lost here
+    return jnp.sum(theta * x + x**1.5)  # lost here
 
 
 def of_the_outer_objective(x, theta):
@@ -145,12 +143,10 @@ def test_the_users_line_is_in_the_traceback(nans, name):
     for call in calls if name == "start" else calls[:1]:
         _, text = raised(lambda call=call: call(theta))
         assert "# lost here" in text
-    if name != "gradient":  # there and in a trace of JAX the line is that of the derivative
-        assert "JaxStackTrace" not in text
 
 
 def test_solve_shows_the_line_of_the_step_in_which_a_number_is_lost(nans):
-    problem = bx.Bilevel(lambda x, t: jnp.sum((x - t) ** 2), lambda x, t: jnp.sum(x - jnp.sqrt(t)))
+    problem = bx.Bilevel(lambda x, t: jnp.sum((x - t) ** 2), lambda x, t: jnp.sum(x + jnp.sqrt(t)))
     method = bx.DoubleLoop(optimizer=optax.sgd(1.0))
     _, text = raised(lambda: bx.solve(problem, jnp.zeros(1), jnp.ones(1), method, num_steps=20))
     assert "jnp.sqrt(t)" in text
@@ -159,8 +155,8 @@ def test_solve_shows_the_line_of_the_step_in_which_a_number_is_lost(nans):
 def test_a_solver_that_diverges_is_named(nans):
     problem = bx.Bilevel(lambda x, t: jnp.sum((x - t) ** 4), target)
     solver = bx.Descent(optax.sgd(1e4), num_steps=500)
-    error, text = raised(lambda: bx.hypergradient(problem, X0 + 3, THETA, inner_solver=solver))
-    assert "(x - t) ** 4" in text and "diverge" in text
+    error, _ = raised(lambda: bx.hypergradient(problem, X0 + 3, THETA, inner_solver=solver))
+    assert "diverge" in str(error) and "step size" in str(error)
 
 
 def test_an_infinity_is_shown_too():

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 import optax
 import optimistix as optx
 import pytest
@@ -95,7 +96,32 @@ def test_negative_curvature():
     )
     estimate = outcome(problem, jnp.zeros(2), jnp.asarray(1.0), inner_solver=bx.Given())
     assert estimate.result == bx.RESULTS.negative_curvature
-    assert says(estimate.result, "not a strict minimum", "Unrolled()")
+    assert says(estimate.result, "not a strict minimum", "Unrolled()", "throw=False")
+    assert says(estimate.result, "bx.Implicit(bx.MINRES(indefinite=True))")
+
+
+def test_one_element_of_a_batch_meets_negative_curvature():
+    curvatures = jnp.ones(25).at[7].set(-1.0)
+
+    def gradient(curvature, rule):
+        problem = bx.Bilevel(
+            lambda x, t: 0.5 * curvature * x**2 - t * x, lambda x, t: 0.5 * (x - 1.0) ** 2
+        )
+        estimate, _ = bx.hypergradient(
+            problem, 0.5 / curvature, 0.5, inner_solver=bx.Given(), rule=rule, throw=False
+        )
+        return estimate.grad, estimate.result == bx.RESULTS.successful
+
+    # x = t / c, so that the derivative is (t / c - 1) / c
+    right = (0.5 / curvatures - 1) / curvatures
+    for rule in (bx.Implicit(), bx.Implicit(bx.CG(num_steps=2), inexact=True)):
+        grads, is_right = jax.vmap(lambda c, rule=rule: gradient(c, rule))(curvatures)
+        assert not is_right[7] and int(jnp.sum(is_right)) == 24
+        np.testing.assert_allclose(jnp.where(is_right, grads, 0), jnp.where(is_right, right, 0))
+    saddle = bx.Implicit(bx.MINRES(indefinite=True))
+    grads, is_right = jax.vmap(lambda c: gradient(c, saddle))(curvatures)
+    assert bool(jnp.all(is_right))
+    np.testing.assert_allclose(grads, right)
 
 
 def test_singular_and_inconsistent():

@@ -28,8 +28,12 @@ class RESULTS(eqx.Enumeration):
     )
     negative_curvature = (
         "Negative curvature was met: the Hessian of the inner objective is not positive "
-        "definite at x, so x is not a strict minimum. Run more inner steps, regularise "
-        "the inner objective, or use Unrolled(), which does not need a minimum."
+        "definite at x, so x is not a strict minimum. If another point is meant, solve the "
+        "inner problem better (more steps, another start, bx.NewtonCG(), which leaves saddles) "
+        "or regularise it. If this stationary point is meant, a saddle, use "
+        "rule=bx.Implicit(bx.MINRES(indefinite=True)). Unrolled() does not need a minimum. In a "
+        "batch of problems pass throw=False, and leave out those whose estimate.result is not "
+        "bx.RESULTS.successful."
     )
     singular = (
         "The adjoint system is singular and has no solution: the inner problem has many "

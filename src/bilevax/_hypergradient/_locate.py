@@ -24,8 +24,8 @@ from ._captured import Replaced, is_tracer
 
 _NUM_POINTS = 50  # before x was lost: the steps of a line search, all tried from one x
 _DIVERGED = (
-    "bilevax: x itself is not finite here, and nothing was lost where it was: the steps of the "
-    "inner solver diverge. Reduce its step size, or start nearer to the solution."
+    "The steps of the inner solver diverge: x is no longer finite, and `inner` and its derivatives "
+    "make no NaN where it was. Reduce the step size, or start nearer to the solution."
 )
 
 
@@ -73,12 +73,9 @@ def locate(problem: Bilevel, inner_solver: Any, x0: PyTree, theta: PyTree, *more
             _evaluate(bound, x, theta)
     solver = as_inner_solver(inner_solver, bound.inner, x0)
     for x in _along_the_steps(bound.inner, solver, x0, theta):
-        try:
-            _evaluate(bound, x, theta)
-        except FloatingPointError as error:
-            if not _is_finite(x):
-                error.add_note(_DIVERGED)
-            raise
+        if not _is_finite(x):
+            raise FloatingPointError(_DIVERGED)
+        _evaluate(bound, x, theta)
 
 
 def _evaluate(problem: Bilevel, x: PyTree, theta: PyTree) -> None:
