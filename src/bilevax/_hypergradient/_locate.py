@@ -39,7 +39,7 @@ def locating(fn: Callable, problem: Bilevel, inner_solver: Any, x0: PyTree, thet
     except FloatingPointError:
         locate(problem, inner_solver, x0, theta)
         raise
-    record = out[0] if isinstance(out, tuple) and out else out
+    record: Any = out[0] if isinstance(out, tuple) and out else out
     result = getattr(record, "result", None)
     if any(debugged()) and isinstance(result, RESULTS) and is_nonfinite(result):
         more = [record.x] if hasattr(record, "x") else []
