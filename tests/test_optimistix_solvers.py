@@ -59,17 +59,16 @@ def test_options_that_are_words():
 
 TARGET = jnp.array([1.0, 2.0, 3.0])
 AUX = {
-    "Minimum": (lambda x, t: (0.5 * jnp.sum((x - t * TARGET) ** 2), {"norm": jnp.sum(x)}), {}),
-    "Root": (lambda x, t: (x - t * TARGET, jnp.sum(x)), {}),
-    "FixedPoint": (lambda x, t: (0.5 * (x + t * TARGET), "a word"), {}),
-    "LeastSquares": (lambda x, t: (x - t * TARGET, jnp.sum(x)), {"has_aux": True}),
+    "Minimum": lambda x, t: (0.5 * jnp.sum((x - t * TARGET) ** 2), {"norm": jnp.sum(x)}),
+    "Root": lambda x, t: (x - t * TARGET, jnp.sum(x)),
+    "FixedPoint": lambda x, t: (0.5 * (x + t * TARGET), "a word"),
+    "LeastSquares": lambda x, t: (x - t * TARGET, jnp.sum(x)),
 }
 
 
 @pytest.mark.parametrize("name", AUX)
 def test_inner_functions_with_auxiliary_output(name):
-    fn, options = AUX[name]
-    condition = getattr(bx, name)(fn, **options)
+    condition = getattr(bx, name)(AUX[name], has_aux=True)
     theta = jnp.array(1.5)
     exact = jnp.sum(2 * (theta * TARGET - 0.5) * TARGET)
     estimate, _ = bx.hypergradient(bx.Bilevel(condition, outer), jnp.zeros(3), theta)

@@ -41,8 +41,8 @@ class Minimum(AbstractCondition):
     """`x*(theta)` minimises `fn(x, theta)` or, with data, `fn(x, theta, data)`.
 
     The residual is `grad_x fn`; its derivative in `x`, the Hessian, is symmetric. A plain
-    function given to `Bilevel` is promoted to this. It may return `(value, aux)`; the
-    auxiliary output of an inner function is not used.
+    function given to `Bilevel` is promoted to this. Where `fn` returns `(value, aux)`, say
+    `has_aux=True`; the auxiliary output of an inner function is not used.
 
     `strong_convexity`, if you know one, is a number or a function of theta, `mu` with
     `d2_xx fn >= mu` everywhere: the strength of a quadratic regulariser of a convex loss,
@@ -53,6 +53,7 @@ class Minimum(AbstractCondition):
     fn: Callable
     data: PyTree = None
     strong_convexity: float | Callable[[PyTree], Scalar] | None = None
+    has_aux: bool = eqx.field(default=False, static=True)
     is_symmetric: ClassVar[bool] = True
 
     def __check_init__(self) -> None:
@@ -60,7 +61,7 @@ class Minimum(AbstractCondition):
 
     def __call__(self, x: PyTree, theta: PyTree) -> Scalar:
         out = super().__call__(x, theta)
-        return out[0] if _has_aux(out) else out
+        return out[0] if self.has_aux else out
 
     def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
         return jax.grad(self.__call__)(x, theta)
@@ -98,15 +99,17 @@ class LeastSquares(AbstractCondition):
 class Root(AbstractCondition):
     """`x*(theta)` solves `fn(x, theta) = 0`, `fn` returning the structure of `x`.
 
-    Or `(value, aux)`, of which `aux` is not used.
+    With `has_aux=True` `fn` returns `(value, aux)`, of which `aux` is not used.
     """
 
     fn: Callable
     data: PyTree = None
+    has_aux: bool = eqx.field(default=False, static=True)
     is_symmetric: ClassVar[bool] = False
 
     def __call__(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
-        return _like(super().__call__(x, theta), x)
+        out = super().__call__(x, theta)
+        return _like(out[0] if self.has_aux else out, x)
 
     def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
         return self(x, theta)
@@ -115,33 +118,25 @@ class Root(AbstractCondition):
 class FixedPoint(AbstractCondition):
     """`x*(theta)` solves `x = fn(x, theta)`. The residual is `x - fn(x, theta)`.
 
-    `fn` may return `(value, aux)`, of which `aux` is not used.
+    With `has_aux=True` `fn` returns `(value, aux)`, of which `aux` is not used.
     """
 
     fn: Callable
     data: PyTree = None
+    has_aux: bool = eqx.field(default=False, static=True)
     is_symmetric: ClassVar[bool] = False
 
     def __call__(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
-        return _like(super().__call__(x, theta), x)
+        out = super().__call__(x, theta)
+        return _like(out[0] if self.has_aux else out, x)
 
     def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
         return tree_sub(x, self(x, theta))
 
 
-def _has_aux(out: Any) -> bool:
-    return isinstance(out, tuple) and len(out) == 2
-
-
 def _like(out: Any, x: PyTree) -> Any:
-    """What an equation returned, without its auxiliary output, in the dtype of `x`.
-
-    The structure of `x` is the rule: an `x` that is a pair makes a pair of the value.
-    """
-    structure = jtu.tree_structure(x)
-    if _has_aux(out) and jtu.tree_structure(out) != structure:
-        out = out[0]
-    if jtu.tree_structure(out) != structure:
+    """What an equation returned, in the dtype of `x`."""
+    if jtu.tree_structure(out) != jtu.tree_structure(x):
         return out  # the check at the door says what is wrong with it
     return jtu.tree_map(lambda a, b: jnp.asarray(a, b.dtype), out, x)
 
@@ -519,7 +514,8 @@ def _check_scalar(out: Any, name: str) -> None:
     if not (ok and jnp.issubdtype(out.dtype, jnp.floating)):
         extra = " or (scalar, aux)" if name == "outer" else ""
         hint = (
-            " For an equation or a fixed point use bx.Root(fn) or bx.FixedPoint(fn)."
+            " For an equation or a fixed point use bx.Root(fn) or bx.FixedPoint(fn); for a "
+            "function that returns (value, aux) bx.Minimum(fn, has_aux=True)."
             if name == "inner"
             else ""
         )
