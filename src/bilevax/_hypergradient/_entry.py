@@ -1,5 +1,6 @@
 """`hypergradient`, `argmin` and `jacobian`: the rules as a user calls them."""
 
+import types
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
+from .._calls import naming
 from .._inner._default import as_inner_solver
 from .._inner._explain import explain
 from .._inner._external import External
@@ -232,12 +234,14 @@ def argmin(
         inner_solver: Any,
         rule: AbstractHypergradient,
     ) -> PyTree:
-        fn = _hoist(problem, x0, theta)
-        if is_traced(fn) or fn.program.has_tracer:
-            problem = eqx.tree_at(lambda p: p.inner.fn, problem, fn)
-        # A traced value that lives in this call only: a compiled function that is kept for
-        # the next call must not see it.
-        solve = _solution if fn.program.has_tracer else _jitted_solution
+        solve = _jitted_solution
+        if not _is_closed(problem.inner.fn):
+            fn = _hoist(problem, x0, theta)
+            if is_traced(fn) or fn.program.has_tracer:
+                problem = eqx.tree_at(lambda p: p.inner.fn, problem, fn)
+            # A traced value that lives in this call only: a compiled function that is kept
+            # for the next call must not see it.
+            solve = _solution if fn.program.has_tracer else solve
         call = partial(solve, problem, inner_solver, rule, x0, theta, throw)
         return locating(call, problem, inner_solver, x0, theta)
 
@@ -308,10 +312,18 @@ def _init(
     return _in_user_structure(state, bound, theta_arrays)
 
 
+def _is_closed(fn: Callable) -> bool:
+    """Whether it is plain to see that `fn` closes over nothing."""
+    return isinstance(fn, types.FunctionType) and fn.__closure__ is None
+
+
 def _hoist(problem: Bilevel, x0: PyTree, theta: PyTree) -> Hoisted:
     """The inner function with what it closes over as leaves."""
+    bind(problem, x0, theta)  # refuses what can be no variable
     data = () if problem.inner_data is None else (problem.inner_data,)
-    return Hoisted(problem.inner.fn, start_at(x0, theta), theta, *data)
+    x = start_at(x0, theta)
+    with naming("inner", x=x, theta=theta, **dict(zip(("data",), data, strict=False))):
+        return Hoisted(problem.inner.fn, x, theta, *data)
 
 
 def _lift(problem: Bilevel, *args: Any) -> tuple:
