@@ -7,8 +7,8 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "bilevax"
 LAYERS = (
-    "_reach _habits | _results _tree _calls | _raise | _linear | _problem | _inner |"
-    " _precondition | _hypergradient | _outer _diagnose | _report | _solve | __init__ |"
+    "_reach _habits | _results _tree _calls | _raise | _linear _one_mode | _problem |"
+    " _inner | _precondition | _hypergradient | _outer _diagnose | _report | _solve | __init__ |"
     " testing sklearn | _demo | _cli | __main__"
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS.split("|")) for name in layer.split()}

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, PyTree, Scalar
 
 from ._calls import describe, naming
+from ._one_mode import OneMode, mode_of
 from ._tree import strong, tree_dtype, tree_sub
 
 
@@ -157,8 +158,9 @@ def strong_convexity(condition: AbstractCondition, theta: PyTree) -> Scalar | No
     modulus = getattr(condition, "strong_convexity", None)
     if not callable(modulus):
         return None if modulus is None else jnp.asarray(modulus, tree_dtype(theta))
-    if isinstance(condition.fn, _Bound):
-        theta = eqx.combine(theta, condition.fn.theta_static)
+    bound = _bound(condition)
+    if bound is not None:
+        theta = eqx.combine(theta, bound.theta_static)
     value: Any = modulus(theta)
     _check_scalar(jax.eval_shape(lambda: value), "strong_convexity")
     return value
@@ -347,7 +349,7 @@ def prepare(problem: Bilevel, x0: PyTree, theta: PyTree) -> tuple[Bilevel, PyTre
     second call pays nothing.
     """
     bound, start, theta_arrays = bind(problem, x0, theta)
-    check_values(bound, start_at(start, theta_arrays), theta_arrays)
+    bound = check_values(bound, start_at(start, theta_arrays), theta_arrays)
     return bound, start, theta_arrays
 
 
@@ -405,12 +407,17 @@ def start_as_arrays(x0: PyTree) -> PyTree:
 
 def restore(condition: AbstractCondition, x: PyTree, theta: PyTree) -> tuple[PyTree, PyTree]:
     """`x` and `theta` in the user's own structure: undoes the binding of `prepare`."""
-    if isinstance(condition.fn, _Bound):
-        return (
-            eqx.combine(x, condition.fn.x_static),
-            eqx.combine(theta, condition.fn.theta_static),
-        )
-    return x, theta
+    bound = _bound(condition)
+    if bound is None:
+        return x, theta
+    return eqx.combine(x, bound.x_static), eqx.combine(theta, bound.theta_static)
+
+
+def _bound(condition: AbstractCondition) -> "_Bound | None":
+    fn = condition.fn
+    if isinstance(fn, OneMode) and isinstance(fn.fn, _Value):
+        fn = fn.fn.condition.fn
+    return fn if isinstance(fn, _Bound) else None
 
 
 class _Bound(eqx.Module):
@@ -497,16 +504,74 @@ def _check_one_dtype(x: PyTree) -> None:
         )
 
 
-def check_values(problem: Bilevel, x: PyTree, theta: PyTree) -> None:
-    """Shapes and dtypes of what the user's functions return, without computing them."""
+def check_values(problem: Bilevel, x: PyTree, theta: PyTree) -> Bilevel:
+    """Shapes and dtypes of what the user's functions return, without computing them.
+
+    Returns the problem in a form that can be differentiated in both modes.
+    """
     inner = problem.inner
-    out = eqx.filter_eval_shape(inner.__call__, x, theta)
+    out, inner_jaxpr = _traced(inner.__call__, x, theta)
     if isinstance(inner, Minimum):
         _check_scalar(out, "inner")
     elif isinstance(inner, Root | FixedPoint):
         _check_structure(out, x, type(inner).__name__)
-    value, _ = eqx.filter_eval_shape(problem.outer_value, x, theta)
+    (value, _), outer_jaxpr = _traced(problem.outer_value, x, theta)
     _check_scalar(value, "outer")
+    return eqx.tree_at(
+        lambda p: (p.inner, p.outer),
+        problem,
+        (
+            _inner_in_both_modes(inner, inner_jaxpr, x, theta),
+            _outer_in_both_modes(problem, outer_jaxpr, x, theta),
+        ),
+    )
+
+
+def _traced(fn: Callable, x: PyTree, theta: PyTree) -> tuple[Any, Any]:
+    """What `fn(x, theta)` returns, its arrays as shapes, and the operations in it."""
+    jaxpr, arrays, static = eqx.filter_make_jaxpr(fn)(x, theta)
+    return eqx.combine(arrays, static), jaxpr
+
+
+def in_both_modes(condition: AbstractCondition, x: PyTree, theta: PyTree) -> AbstractCondition:
+    """The condition in a form that can be differentiated in both modes."""
+    return _inner_in_both_modes(condition, _traced(condition.__call__, x, theta)[1], x, theta)
+
+
+def _inner_in_both_modes(
+    condition: AbstractCondition, jaxpr: Any, x: PyTree, theta: PyTree
+) -> AbstractCondition:
+    if isinstance(condition.fn, OneMode):
+        return condition
+    scalar = objective(condition)
+    fn, wanted = (condition.residual, "products") if scalar is None else (scalar, "second")
+    mode = mode_of(fn, jaxpr, x, theta, wanted)
+    if mode is None:
+        return condition
+    changes = {"has_aux": False} if isinstance(condition, LeastSquares) else {}
+    # The condition, and not its function: of what that returns, some is not used.
+    fn = OneMode(_Value(dataclasses.replace(condition, data=None)), mode)
+    return dataclasses.replace(condition, fn=fn, **changes)
+
+
+def _outer_in_both_modes(problem: Bilevel, jaxpr: Any, x: PyTree, theta: PyTree) -> Callable:
+    if isinstance(problem.outer, OneMode):
+        return problem.outer
+    mode = mode_of(lambda *at: problem.outer_value(*at)[0], jaxpr, x, theta, "gradient")
+    if mode is None:
+        return problem.outer
+    data = () if problem.outer_data is None else (problem.outer_data,)
+    has_aux = isinstance(eqx.filter_eval_shape(problem.outer, x, theta, *data), tuple)
+    return OneMode(problem.outer, mode, has_aux)
+
+
+class _Value(eqx.Module):
+    """A condition as a function of its data, too."""
+
+    condition: AbstractCondition
+
+    def __call__(self, x: PyTree, theta: PyTree, data: PyTree = None) -> Any:
+        return dataclasses.replace(self.condition, data=data)(x, theta)
 
 
 def _check_scalar(out: Any, name: str) -> None:

@@ -22,6 +22,7 @@ from .._problem import (
     Minimum,
     as_arrays,
     bind,
+    in_both_modes,
     prepare,
     restore,
     start_as_arrays,
@@ -298,7 +299,8 @@ def explained(problem: Bilevel, x0: PyTree, theta: PyTree, x: PyTree, result: RE
     """The outcome of an inner solve from `x0` that failed at `x`; see `_inner/_explain.py`."""
     bound, start, theta_arrays = bind(problem, x0, theta)
     _, x, _ = bind(problem, x, theta)
-    return explain(bound.inner, x, start_at(start, theta_arrays), theta_arrays, result)
+    condition = in_both_modes(bound.inner, x, theta_arrays)
+    return explain(condition, x, start_at(start, theta_arrays), theta_arrays, result)
 
 
 @lean_jit

@@ -11,7 +11,15 @@ from jaxtyping import PyTree
 from .._inner._base import Counts
 from .._inner._default import as_inner_solver
 from .._linear import LinearSolution
-from .._problem import Bilevel, as_arrays, bind, restore, start_as_arrays, start_at
+from .._problem import (
+    Bilevel,
+    as_arrays,
+    bind,
+    in_both_modes,
+    restore,
+    start_as_arrays,
+    start_at,
+)
 from .._results import RESULTS, first_failure
 from .._tree import lean_jit, map_rows, tree_all_finite, tree_sub
 from ._adjoint import first_of_batch, strictest
@@ -91,7 +99,8 @@ def _estimates(
     problem: Bilevel, inner_solver: Any, rule: Implicit, x0: PyTree, theta: PyTree
 ) -> Estimate:
     bound, start, theta = bind(problem, x0, theta)
-    condition, x0 = bound.inner, start_at(start, theta)
+    x0 = start_at(start, theta)
+    condition = in_both_modes(bound.inner, x0, theta)
     _check_vector(bound, x0, theta)
     solver = as_inner_solver(inner_solver, condition, x0)
     inner, inner_state = solver.solve(condition, x0, theta, solver.init(condition, x0, theta))

@@ -24,7 +24,7 @@ REASONS = {0: None, 1: "tolerance", 2: "optimizer", 3: "failure", 4: "singular"}
 
 @lean_jit
 def init_method(problem: Bilevel, method: AbstractMethod, x0: PyTree, theta: PyTree) -> Any:
-    check_values(problem, start_at(x0, theta), theta)
+    problem = check_values(problem, start_at(x0, theta), theta)
     chosen, rule = getattr(method, "inner_solver", None), getattr(method, "hypergradient", None)
     solver = as_inner_solver(chosen, problem.inner, start_at(x0, theta))
     warn_of_structure(problem, solver, bool(rule and rule.differentiates_start), x0, theta)
@@ -52,6 +52,8 @@ def _chunk(
     returns the names of the columns.
     """
     dynamic, static = eqx.partition(state, eqx.is_array)
+    theta = state[0].theta
+    problem = check_values(problem, start_at(x0, theta), theta)
 
     def step(dynamic: Any, move: Array, row: Array) -> tuple[Any, StepInfo]:
         state, best = eqx.combine(dynamic, static)
