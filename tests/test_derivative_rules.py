@@ -1,5 +1,6 @@
 """Functions that JAX differentiates in one mode only, against the same ones in both modes."""
 
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,9 +42,9 @@ softplus.defvjp(lambda z: (softplus(z), z), lambda z, c: (c * (0.5 + 0.5 * jnp.t
 
 
 def cube(z):
-    """By a loop of which JAX does not know how long it is."""
+    """By the loop of a library, of which JAX does not know how long it is."""
     start = jnp.asarray(0, jnp.int32), jnp.ones_like(z)
-    return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] * z), start)[1]
+    return eqxi.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] * z), start, kind="lax")[1]
 
 
 MATRIX = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)))
@@ -154,7 +155,7 @@ def ridge_in_both_modes(x, theta):
 @pytest.mark.parametrize(
     ("condition", "solver"),
     [
-        (bx.Root(lambda x, theta: (softplus(x) + x - theta, "aux")), None),
+        (bx.Root(lambda x, theta: (softplus(x) + x - theta, "aux"), has_aux=True), None),
         (bx.FixedPoint(lambda x, theta: 0.5 * (theta - softplus(x) + x)), None),
         (
             bx.LeastSquares(lambda x, theta: (softplus(x) + x - theta, "aux"), has_aux=True),
@@ -198,6 +199,18 @@ def test_too_many_variables_for_forward_mode():
     problem = bx.Bilevel(quartic(cube), outer)
     with pytest.raises(ValueError, match=r"there are 70, more than 64.*jax\.lax\.scan"):
         bx.hypergradient(problem, jnp.zeros(70), jnp.zeros(70))
+
+
+def test_a_loop_of_the_user_can_be_a_scan():
+    def fourth_power(z):
+        done = jax.lax.while_loop(
+            lambda c: c[0] < 4, lambda c: (c[0] + 1, c[1] * z), (0, 1.0 + 0 * z)
+        )
+        return done[1]
+
+    problem = bx.Bilevel(lambda x, t: jnp.sum(fourth_power(x) - t * x), outer)
+    with pytest.raises(ValueError, match="while_loop.*scan"):
+        bx.hypergradient(problem, X0, THETA)
 
 
 @jax.custom_vjp

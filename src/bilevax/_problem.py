@@ -548,7 +548,7 @@ def _inner_in_both_modes(
     mode = mode_of(fn, jaxpr, x, theta, wanted)
     if mode is None:
         return condition
-    changes = {"has_aux": False} if isinstance(condition, LeastSquares) else {}
+    changes = {"has_aux": False} if hasattr(condition, "has_aux") else {}
     # The condition, and not its function: of what that returns, some is not used.
     fn = OneMode(_Value(dataclasses.replace(condition, data=None)), mode)
     return dataclasses.replace(condition, fn=fn, **changes)

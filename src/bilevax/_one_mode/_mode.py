@@ -1,12 +1,14 @@
 """In which modes a function can be differentiated: found by trying, without computing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.tree_util as jtu
 from jaxtyping import PyTree, Scalar
 
+from .._reach._code import is_library_file
 from .._tree import tree_dot
 from ._refusal import REFUSALS
 
@@ -15,6 +17,8 @@ Mode = Literal["reverse", "forward", "neither"]
 # What is wanted of a function: its gradient; both kinds of product with its derivative;
 # the gradient, and products with its derivative.
 Wanted = Literal["gradient", "products", "second"]
+
+_JAX = str(Path(jax.__file__).parent)
 
 
 def mode_of(
@@ -32,7 +36,9 @@ def mode_of(
     if _works(reverse, fn, x, theta):
         return "reverse"
     if _works(forward, fn, x, theta):
-        return "forward"
+        # JAX' own error says to write a scan, whose gradient costs one pass back. Only the
+        # loop of a library (a differential equation in forward mode) cannot be rewritten.
+        return None if any(map(_is_own_loop, _equations(jaxpr))) else "forward"
     # Rules that go by values only need nothing of theta.
     is_of_x = _works(both, lambda x, _: fn(x, theta), x, ())
     return None if is_of_x else "neither"
@@ -40,18 +46,26 @@ def mode_of(
 
 def lacks_a_mode(jaxpr: Any) -> bool:
     """Whether there is anything in it that may lack one of the modes."""
-    return _has(jaxpr, lambda name: name == "while" or name.startswith("custom_vjp"))
+    names = (equation.primitive.name for equation in _equations(jaxpr))
+    return any(name == "while" or name.startswith("custom_vjp") for name in names)
 
 
-def _has(jaxpr: Any, is_meant: Callable[[str], bool]) -> bool:
-    """Whether it, or what it calls, has an operation whose name is meant."""
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """Its operations, and those of what it calls."""
     for equation in jaxpr.eqns:
-        values = jtu.tree_leaves(tuple(equation.params.values()), is_leaf=_is_jaxpr)
-        if is_meant(equation.primitive.name):
-            return True
-        if any(_has(value, is_meant) for value in values if _is_jaxpr(value)):
-            return True
-    return False
+        yield equation
+        for value in jtu.tree_leaves(tuple(equation.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(value):
+                yield from _equations(value)
+
+
+def _is_own_loop(equation: Any) -> bool:
+    """Whether it is a `while_loop` that user code, and not a library, has called."""
+    if equation.primitive.name != "while" or equation.source_info.traceback is None:
+        return False
+    files = (frame.file_name for frame in equation.source_info.traceback.frames)
+    caller = next((file for file in files if not file.startswith(_JAX)), None)
+    return not is_library_file(caller)
 
 
 def _is_jaxpr(value: Any) -> bool:
@@ -64,7 +78,7 @@ def _works(trial: Callable, fn: Callable, x: PyTree, theta: PyTree) -> bool:
     except REFUSALS:
         return False
     # What JAX puts in the place of the tangent of a custom_vjp: an error for the compiler.
-    return not _has(jaxpr, lambda name: name == "custom_lin")
+    return all(equation.primitive.name != "custom_lin" for equation in _equations(jaxpr))
 
 
 def _gradient(fn: Callable, at: tuple) -> PyTree:
