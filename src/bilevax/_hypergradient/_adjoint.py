@@ -18,6 +18,7 @@ from .._linear import (
     solve_linear,
 )
 from .._linear._common import signs_like
+from .._linear._transposed import transposed
 from .._results import RESULTS, first_failure
 from .._tree import is_bounded, map_rows, tree_size, tree_sub
 from ._linearise import Linearised
@@ -115,8 +116,11 @@ def newton_steps(
         solved = map_rows(solve, pair, at.adjoint, rho)
         first, second = (jtu.tree_map(lambda a, i=i: a[i], solved) for i in range(2))
     else:
-        first = solve_linear(solver, at.forward, at.residual, is_symmetric=False)
-        second = solve_linear(solver, at.adjoint, rho, None, preconditioner, is_symmetric=False)
+        first = solve_linear(
+            solver, at.forward, at.residual, None, preconditioner, is_symmetric=False
+        )
+        turned = None if preconditioner is None else transposed(preconditioner, rho)
+        second = solve_linear(solver, at.adjoint, rho, None, turned, is_symmetric=False)
     return NewtonSteps(
         dx=first.value,
         dv=second.value,

@@ -22,6 +22,7 @@ from .._linear import (
     verify,
 )
 from .._linear._common import check_tolerance, largest_entry
+from .._linear._transposed import transposed
 from .._precondition._base import AbstractPreconditioner, as_preconditioner
 from .._problem import AbstractCondition, Bilevel, start_at
 from .._raise import fail_where
@@ -66,8 +67,10 @@ class Implicit(AbstractHypergradient):
         points.
     - `preconditioner`: `bx.Jacobi()`, `bx.Nystrom(...)`, `bx.QuasiNewton()`,
         `bx.AdamState()`, or a function `(x, theta)` that returns a function `r -> z`, an
-        approximation of `A^{-1} r`, symmetric and positive definite for CG. Not to be
-        confused with a warm start, which is a better first guess.
+        approximation of `A^{-1} r`, symmetric and positive definite for CG. Where `A` is
+        not symmetric it serves all directions: systems with `A^T` take its transpose, by
+        `jax.linear_transpose`. Not to be confused with a warm start, which is a better
+        first guess.
     - `inexact`: say that the inner solve is stopped early on purpose. Its residual is then
         reported and not flagged.
     - `error_estimate`: report an estimate of `||grad - exact||`, the distance to the
@@ -194,7 +197,7 @@ class Implicit(AbstractHypergradient):
         at, outer = linearise(condition, x, theta), outer_at(problem, x, theta)
         memory = (state.linear, state.preconditioner)
         adjoint, apply, memory = self._solve(
-            at, outer.grad_x, state.v, condition, x, theta, inner_state, memory
+            at, outer.grad_x, state.v, condition, x, theta, inner_state, memory, True
         )
         # 3. the hypergradient, and the residual of the adjoint system in the same pass
         product, cross = at.both(adjoint.value)
@@ -304,7 +307,7 @@ class Implicit(AbstractHypergradient):
             _adjoint_residual,
             (problem, x, theta, self.damping if self._is_damped else None),
             v,
-            partial(_solve_at, throw=False, may_choose=False),
+            partial(_solve_at, throw=False, may_choose=False, turns=True),
             (undamped, problem.inner, x, theta, inner_state),
             problem.inner.is_symmetric,
         )
@@ -336,8 +339,10 @@ class Implicit(AbstractHypergradient):
         theta: PyTree,
         inner_state: PyTree = None,
         cross: Callable | None = None,
+        *,
+        is_transposed: bool,
     ) -> LinearSolution:
-        """One system by itself, its residual measured.
+        """One system by itself, with `A` or its transpose, its residual measured.
 
         With `cross`, the product with `B^T`, the solution of smallest norm of a singular one.
         """
@@ -346,7 +351,9 @@ class Implicit(AbstractHypergradient):
             cross = None
         rule = self if cross is None else self.of_smallest_norm(b)
         memory = rule._memory(condition, x)
-        adjoint, _, _ = rule._solve(at, b, None, condition, x, theta, inner_state, memory)
+        adjoint, _, _ = rule._solve(
+            at, b, None, condition, x, theta, inner_state, memory, is_transposed
+        )
         damped = self._damped_product(matvec)
         product = damped(adjoint.value)
         adjoint = verify(adjoint, b, product)
@@ -372,8 +379,9 @@ class Implicit(AbstractHypergradient):
         theta: PyTree,
         inner_state: PyTree,
         memory: tuple[PyTree, PyTree],
+        is_transposed: bool,
     ) -> tuple[LinearSolution, Callable | None, tuple[PyTree, PyTree]]:
-        """The adjoint, the preconditioner used, and what both remember."""
+        """The adjoint, the preconditioner of `A`, and what both remember."""
         linear, sketch = memory
         solver = self._solver(x, condition.is_symmetric)
         matvec = self._damped_product(at.adjoint)
@@ -382,9 +390,10 @@ class Implicit(AbstractHypergradient):
             apply, sketch, extra = self.preconditioner.prepare(
                 matvec, condition, x, theta, inner_state, sketch
             )
-        adjoint, linear = resume_linear(
-            solver, matvec, b, v0, apply, linear, condition.is_symmetric
-        )
+        used = apply
+        if apply is not None and is_transposed and not condition.is_symmetric:
+            used = transposed(apply, b)
+        adjoint, linear = resume_linear(solver, matvec, b, v0, used, linear, condition.is_symmetric)
         if self.preconditioner is not None:
             sketch = self.preconditioner.learn(sketch, adjoint.num_steps)
         adjoint = eqx.tree_at(lambda s: s.num_products, adjoint, adjoint.num_products + extra)
@@ -490,10 +499,22 @@ def _damped_residual(x: PyTree, args: tuple) -> PyTree:
     return residual if damping is None else tree_axpy(damping, tree_sub(x, at), residual)
 
 
-def _solve_at(memory: tuple, system: System, b: PyTree, *, throw: bool, may_choose: bool) -> PyTree:
+def _solve_at(
+    memory: tuple,
+    system: System,
+    b: PyTree,
+    *,
+    throw: bool,
+    may_choose: bool,
+    turns: bool = False,
+) -> PyTree:
+    """Solve with `A` or, where `turns`, with its transpose; what is transposed, the other way."""
     rule, condition, x, theta, inner_state = memory
     cross = system.cross if may_choose else None
-    adjoint = rule.solve_adjoint(system.matvec, b, condition, x, theta, inner_state, cross)
+    is_transposed = system.is_transposed != turns
+    adjoint = rule.solve_adjoint(
+        system.matvec, b, condition, x, theta, inner_state, cross, is_transposed=is_transposed
+    )
     return solved_or_fail(adjoint, b, throw)
 
 

@@ -18,6 +18,7 @@ class System(NamedTuple):
 
     matvec: Callable[[PyTree], PyTree]
     cross: Callable[[PyTree], PyTree]  # w -> B^T w, B the derivative in what is differentiated
+    is_transposed: bool = False
 
 
 def attach_derivative(
@@ -76,8 +77,15 @@ def attach_derivative(
         def solve_here(matvec: Callable, b: PyTree) -> PyTree:
             return solve(memory, System(matvec, cross), b)
 
+        def solve_transposed(matvec: Callable, b: PyTree) -> PyTree:
+            return solve(memory, System(matvec, cross, is_transposed=True), b)
+
         x_dot = jax.lax.custom_linear_solve(
-            matvec, right_hand_side, solve_here, transpose_solve=solve_here, symmetric=is_symmetric
+            matvec,
+            right_hand_side,
+            solve_here,
+            transpose_solve=solve_transposed,
+            symmetric=is_symmetric,
         )
         return x, x_dot
 

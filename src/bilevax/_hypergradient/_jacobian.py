@@ -113,7 +113,9 @@ def _forward(
     at = linearise(problem.inner, x, theta)
 
     def solve(b: PyTree) -> LinearSolution:
-        return rule.solve_adjoint(at.forward, b, problem.inner, x, theta, cross=at.cross)
+        return rule.solve_adjoint(
+            at.forward, b, problem.inner, x, theta, cross=at.cross, is_transposed=False
+        )
 
     columns, systems = tangent_columns(problem.inner, at, x, theta, solve)
     # Columns come first; the entries of theta belong last.
@@ -129,7 +131,7 @@ def _reverse(
 
     def row(direction: PyTree) -> tuple[PyTree, LinearSolution]:
         solution = rule.solve_adjoint(
-            at.adjoint, direction, problem.inner, x, theta, cross=at.cross
+            at.adjoint, direction, problem.inner, x, theta, cross=at.cross, is_transposed=True
         )
         return jtu.tree_map(jnp.negative, at.both(solution.value)[1]), solution
 

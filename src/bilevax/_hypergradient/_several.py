@@ -111,7 +111,9 @@ def _estimates(
     at = linearise(condition, x, theta)
 
     def solve(b: PyTree) -> LinearSolution:
-        return rule.solve_adjoint(at.adjoint, b, condition, x, theta, inner_state)
+        return rule.solve_adjoint(
+            at.adjoint, b, condition, x, theta, inner_state, is_transposed=True
+        )
 
     systems = map_rows(solve, grads_x, at.adjoint, x)
     grad = tree_sub(grads_theta, map_rows(lambda v: at.both(v)[1], systems.value))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Int, PyTree, Scalar
 from .._results import RESULTS
 from .._tree import tree_norm
 from ._common import largest_entry
+from ._transposed import transposed
 
 
 class LinearSolution(eqx.Module):
@@ -89,9 +90,28 @@ class AbstractIterativeLinearSolver(lx.AbstractLinearSolver):
         return solution.value, _to_lineax(solution.result), stats
 
     def transpose(self, state: Any, options: dict[str, Any]) -> Any:
+        # A guess of the solution of one system says nothing about that of the other.
+        options = {key: value for key, value in options.items() if key != "y0"}
+        preconditioner = options.get("preconditioner")
+        if isinstance(preconditioner, lx.AbstractLinearOperator):
+            options["preconditioner"] = preconditioner.transpose()
+        elif preconditioner is not None:
+            # The inverse of A takes what A returns.
+            like = jtu.tree_map(lambda a: jnp.zeros(a.shape, a.dtype), state.out_structure())
+            # As an operator: Lineax calls it in another trace than this one.
+            turned = transposed(preconditioner, like)
+            options["preconditioner"] = lx.FunctionLinearOperator(turned, state.in_structure())
         return state.transpose(), options
 
     def conj(self, state: Any, options: dict[str, Any]) -> Any:
+        options = dict(options)
+        preconditioner = options.get("preconditioner")
+        if isinstance(preconditioner, lx.AbstractLinearOperator):
+            options["preconditioner"] = lx.conj(preconditioner)
+        elif preconditioner is not None:
+            options["preconditioner"] = lambda r: _conj(preconditioner(_conj(r)))
+        if options.get("y0") is not None:
+            options["y0"] = _conj(options["y0"])
         return lx.conj(state), options
 
     def assume_full_rank(self) -> bool:
@@ -126,6 +146,10 @@ def verify(solution: LinearSolution, b: PyTree[Array], product: PyTree[Array]) -
         solution,
         (residual, result, num_products),
     )
+
+
+def _conj(tree: PyTree[Array]) -> PyTree[Array]:
+    return jtu.tree_map(jnp.conj, tree)
 
 
 def _to_lineax(result: RESULTS) -> Any:
