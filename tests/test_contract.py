@@ -368,6 +368,7 @@ def test_argmin_sees_closed_over_tracers_and_a_bias_without_regulariser():
     assert float(jitted) == pytest.approx(float(grads[1]), rel=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:bx.OneStep")
 def test_argmin_unrolled_and_one_step_views_agree_with_their_estimates():
     oracle = oracles("float64")["quadratic"]
     solver = bx.Descent(optax.sgd(0.1), num_steps=20)

@@ -37,6 +37,7 @@ def estimate_at(oracle, rule, solver=None, throw=True):
 # ---- how the error falls --------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:bx.OneStep")
 def test_error_in_twenty_thousand_variables_falls_as_the_contraction_says():
     theta = jnp.array([0.5, -1.0, 0.8])
     x_star = (CROSS @ theta) / CURVATURE
@@ -165,6 +166,7 @@ def loop(optimiser, num_steps, num_more, theta):
 
 @pytest.mark.parametrize("name", OPTIMISERS)
 @pytest.mark.parametrize("num_more", [1, 3])
+@pytest.mark.filterwarnings("ignore:bx.OneStep")
 def test_more_updates_equal_a_python_loop(name, num_more):
     solver = bx.Descent(OPTIMISERS[name], num_steps=7)
     rule = bx.OneStep() if num_more == 1 else bx.KStep(num_more)
@@ -227,6 +229,7 @@ PARABOLA = bx.Bilevel(lambda x, t: 1.5 * jnp.sum((x - t) ** 2), lambda x, t: jnp
     ],
     ids=["map", "JacobianFree", "step size", "Descent", "SAMA"],
 )
+@pytest.mark.filterwarnings("ignore:bx.OneStep")
 def test_steps_that_do_not_contract_are_flagged(problem, solver, rule):
     theta = jnp.ones(2)
     estimate, _ = bx.hypergradient(
@@ -244,6 +247,7 @@ def test_steps_that_do_not_contract_are_flagged(problem, solver, rule):
             assert bool(jnp.all(jnp.isnan(grad(theta))))
 
 
+@pytest.mark.filterwarnings("ignore:bx.OneStep")
 def test_divergence_inside_optimistix_is_an_error():
     def value(theta, solver):
         x = optx.minimise(
@@ -259,6 +263,35 @@ def test_divergence_inside_optimistix_is_an_error():
     solver = optx.OptaxMinimiser(optax.sgd(1.0), 1e-6, 1e-6)
     with pytest.raises(RuntimeError, match="diverged"):
         jax.block_until_ready(jax.grad(value)(jnp.ones(2), solver))
+
+
+def optimistix_value(rule):
+    def value(theta):
+        x = optx.minimise(
+            lambda x, t: ORACLE.problem.inner(x, t),
+            optx.BFGS(1e-9, 1e-9),
+            ORACLE.x0,
+            args=theta,
+            adjoint=rule,
+            max_steps=500,
+        ).value
+        return ORACLE.problem.outer_value(x, theta)[0]
+
+    return value
+
+
+def argmin_value(rule):
+    x_star = bx.argmin(ORACLE.problem.inner, bx.Descent(optax.sgd(0.7), 200), rule)
+    return lambda theta: ORACLE.problem.outer_value(x_star(ORACLE.x0, theta), theta)[0]
+
+
+@pytest.mark.parametrize("view", [optimistix_value, argmin_value])
+def test_a_rough_answer_without_an_estimate_is_a_warning(view):
+    with pytest.warns(UserWarning, match="more than a tenth of the adjoint system"):
+        rough = jax.jit(jax.grad(view(bx.OneStep())))(ORACLE.theta)
+    assert relative_error(rough, ORACLE.hypergradient) > 0.05
+    fine = jax.jit(jax.grad(view(bx.KStep(100))))(ORACLE.theta)  # any warning is an error
+    assert relative_error(fine, ORACLE.hypergradient) < 0.01
 
 
 def test_bad_arguments_are_refused():

@@ -1,8 +1,9 @@
-"""Failures of compiled programs as errors."""
+"""Failures of compiled programs as errors and warnings."""
 
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Generator
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, PyTree, Scalar
 
 from ._results import RESULTS, SolveError
 
@@ -77,3 +78,17 @@ def unwrapped() -> Generator[None]:
             if message and f"SolveError: {message}" in text:
                 raise SolveError(message, result) from None
         raise
+
+
+def warn_above(x: PyTree[Array], seen: Scalar, most: float, message: str) -> PyTree[Array]:
+    """`x`; a `UserWarning` when the program is run and `seen` is larger than `most`."""
+
+    def say(seen: np.ndarray) -> np.ndarray:
+        if np.any(seen > most):
+            warnings.warn(message, UserWarning, stacklevel=2)
+        return np.zeros_like(seen)
+
+    # Pure, and so free to stand in a derivative rule; added, so that it is not left out.
+    structure = jax.ShapeDtypeStruct(seen.shape, seen.dtype)
+    nothing = jax.pure_callback(say, structure, seen, vmap_method="expand_dims")
+    return jtu.tree_map(lambda a: a + nothing.astype(a.dtype), x)

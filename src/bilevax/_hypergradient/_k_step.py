@@ -56,7 +56,8 @@ class KStep(AbstractHypergradient):
     going back K steps, and `error_estimate`, the sum of the terms left out if they go on
     falling as the first of them does. It is too small where slow modes have not emerged
     from the fast ones yet. If the terms grow, the outcome is `diverged`: K steps of an
-    algorithm that does not contract say nothing.
+    algorithm that does not contract say nothing. `bx.argmin` and Optimistix' `adjoint=`
+    have no estimate: a `UserWarning` tells where more than a tenth of `d_x L` is left.
 
     **Cost:** K steps forward and back, or K - 1 Hessian products and one cross product
     (an equation: twice that); one more for the error estimate, and ten Hessian products

@@ -32,8 +32,9 @@ class OneStep(AbstractHypergradient):
     **Exact when** T contracts at once (Newton's method: but then `Implicit` is the same
     thing). In general the relative error is about `rho`, the contraction factor of T: a
     gradient step with condition number 100 has `rho = 0.99`, and the result is then a
-    direction rather than a gradient. `adjoint_residual` and `error_estimate` say so; it is
-    flagged only where T does not contract.
+    direction rather than a gradient. `adjoint_residual` and `error_estimate` say so, and in
+    `bx.argmin` and Optimistix, which have no estimate, a `UserWarning` where more than a
+    tenth of the adjoint system is left; it is flagged only where T does not contract.
 
     !!! example
 

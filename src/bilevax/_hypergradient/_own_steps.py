@@ -19,7 +19,7 @@ from .._tree import lax_while_loop, stop_gradient, tree_all_finite, tree_dtype, 
 from ._base import Estimate, HypergradientState, as_stats
 from ._implicit import or_fail
 from ._scan import repeat
-from ._series import MOST_LEFT, geometric_remainder
+from ._series import MOST_LEFT, geometric_remainder, warn_of_what_is_left
 
 Step = Callable[[PyTree], PyTree]
 
@@ -118,7 +118,7 @@ def apply_steps(
 
     def more_steps(cond_fun: Callable, body_fun: Step, init_val: PyTree, **_: object) -> PyTree:
         del cond_fun, init_val
-        x = take_steps(body_fun, body, carry, num_steps, True)[0]
+        x = take_steps(body_fun, body, carry, num_steps, True, is_rough=keep_x)[0]
         # The evidence is that of the solve.
         return (derivative_of(x, carry[0]) if keep_x else x, *carry[1:])
 
@@ -163,8 +163,19 @@ def run_to_end(
     return solver, carry, count
 
 
-def take_steps(step: Step, fixed_step: Step, carry: PyTree, num_steps: int, throw: bool) -> PyTree:
-    """`num_steps` steps. On the way back their growth is measured, with `fixed_step`."""
+def take_steps(
+    step: Step,
+    fixed_step: Step,
+    carry: PyTree,
+    num_steps: int,
+    throw: bool,
+    *,
+    is_rough: bool = False,
+) -> PyTree:
+    """`num_steps` steps. On the way back their growth is measured, with `fixed_step`.
+
+    Those who know that the result `is_rough` are not warned of it.
+    """
     end = repeat(step, carry, num_steps, "sqrt")
 
     def check(_: Callable, b: PyTree) -> PyTree:
@@ -172,6 +183,8 @@ def take_steps(step: Step, fixed_step: Step, carry: PyTree, num_steps: int, thro
             return repeat(fixed_step, (x, *carry[1:]), num_steps, "sqrt")[0]
 
         (left,) = jax.vjp(fixed_end, carry[0])[1](b)
+        if not is_rough:
+            b = warn_of_what_is_left(b, what_is_left(left, b))
         return or_fail(b, steps_outcome(left, b), throw)
 
     # An identity, which custom_linear_solve lets have a transpose of its own and, unlike a

@@ -156,7 +156,7 @@ class SAMA(AbstractHypergradient):
             return solver.step(_shifted(fixed, shift), fixed_theta, carry)
 
         fixed_step = partial(solver.step, fixed, fixed_theta)
-        moved, *_ = take_steps(step, fixed_step, carry, 1, throw)
+        moved, *_ = take_steps(step, fixed_step, carry, 1, throw, is_rough=True)
         return derivative_of(moved, carry[0])
 
     def apply(

@@ -13,6 +13,7 @@ from .._linear import LinearSolution, Neumann, verify
 from .._linear._base import AbstractIterativeLinearSolver
 from .._linear._common import find_step_size
 from .._problem import AbstractCondition, Bilevel, start_at
+from .._raise import warn_above
 from .._results import RESULTS, first_failure
 from .._tree import (
     lax_while_loop,
@@ -33,6 +34,14 @@ from ._linearise import linearise, outer_at
 
 # A residual above this is worse than no answer at all, which has one.
 MOST_LEFT = 1.1
+# Above this a view of a rule without an estimate, which would report it, warns.
+_MUCH_LEFT = 0.1
+_ROUGH = (
+    "bx.OneStep(), bx.KStep(...) or bx.JacobianFree() leaves more than a tenth of the adjoint "
+    "system unsolved: what comes out is a direction rather than a gradient. Take more steps, "
+    "bx.KStep(num_steps=...), or bx.Implicit(); bx.hypergradient reports `adjoint_residual`. If it "
+    "is meant, warnings.filterwarnings('ignore', message='bx.OneStep') silences this."
+)
 
 
 class StepSeries(AbstractIterativeLinearSolver):
@@ -224,7 +233,14 @@ def _scaled_residual(residual: Callable[[PyTree, PyTree], PyTree]) -> Callable:
 
 
 def _solve_series(series: StepSeries, system: System, b: PyTree, *, throw: bool) -> PyTree:
-    return solved_or_fail(series.solve(system.matvec, b), b, throw)
+    found = series.solve(system.matvec, b)
+    value = warn_of_what_is_left(found.value, found.residual)
+    return solved_or_fail(eqx.tree_at(lambda s: s.value, found, value), b, throw)
+
+
+def warn_of_what_is_left(x: PyTree[Array], left: Scalar) -> PyTree[Array]:
+    """`x`, where a derivative rule has nowhere to report that it is rough."""
+    return warn_above(x, left, _MUCH_LEFT, _ROUGH)
 
 
 def geometric_remainder(term: PyTree, left: PyTree, further: PyTree) -> Scalar:
