@@ -102,7 +102,7 @@ class OutcomesDirective(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """A definition list."""
         lines = []
-        for name in bilevax.RESULTS._name_to_item:  # no public way to list them
+        for name in bilevax.RESULTS.names():
             message = bilevax.RESULTS[getattr(bilevax.RESULTS, name)]
             lines += [f"`RESULTS.{name}`", f": {message or 'Right to the stated accuracy.'}", ""]
         node = nodes.Element()

@@ -7,7 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "bilevax"
 LAYERS = (
-    "_reach _habits | _results _tree _calls | _raise | _linear _one_mode | _problem |"
+    "_as_written _reach _habits | _results _tree _calls | _raise | _linear _one_mode | _problem |"
     " _inner | _precondition | _hypergradient | _outer _diagnose | _report | _solve | __init__ |"
     " testing sklearn | _demo | _cli | __main__"
 )

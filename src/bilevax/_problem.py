@@ -13,12 +13,13 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree, Scalar
 
+from ._as_written import OneLine
 from ._calls import describe, naming
 from ._one_mode import OneMode, mode_of
 from ._tree import strong, tree_dtype, tree_sub
 
 
-class AbstractCondition(eqx.Module):
+class AbstractCondition(OneLine, eqx.Module):
     """What makes `x` the inner solution: the map `residual` whose zero is `x*(theta)`.
 
     Law: at the inner solution `residual(x, theta)` is zero. Implicit differentiation uses
@@ -175,7 +176,7 @@ def objective(condition: AbstractCondition) -> Callable[[PyTree, PyTree], Scalar
     return None
 
 
-class Bilevel(eqx.Module):
+class Bilevel(OneLine, eqx.Module):
     """The bilevel problem `min_theta outer(x*(theta), theta)`.
 
     `x*(theta)` is defined by `inner`: a scalar function to be minimised, or one of the

@@ -26,10 +26,10 @@ def fail_where(x: PyTree, failed: Bool[Array, "..."], result: RESULTS) -> PyTree
     element has failed, and has no part in derivatives; `EQX_ON_ERROR` is respected.
     """
     if os.environ.get("EQX_ON_ERROR", "raise") != "raise":
-        return result.error_if(x, failed)
+        return eqxi.branched_error_if(x, failed, result.index, RESULTS.messages())
     arrays, rest = eqx.partition(x, eqx.is_array)
     any_failed = eqxi.unvmap_any(failed)
-    code = eqxi.unvmap_max(jnp.where(failed, result._value, 0))
+    code = eqxi.unvmap_max(jnp.where(failed, result.index, 0))
     return eqx.combine(_checked(arrays, any_failed, code), rest)
 
 
@@ -58,7 +58,7 @@ def _raise(code: np.ndarray) -> Any:
 
 
 def _solve_error(code: int) -> SolveError:
-    result = next(r for r in RESULTS._name_to_item.values() if int(r._value) == code)
+    result = RESULTS(np.asarray(code, np.int32))
     return SolveError(RESULTS[result], result)
 
 
@@ -73,10 +73,9 @@ def unwrapped() -> Generator[None]:
         yield
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
-        for result in RESULTS._name_to_item.values():
-            message = RESULTS[result]
+        for code, message in enumerate(RESULTS.messages()):
             if message and f"SolveError: {message}" in text:
-                raise SolveError(message, result) from None
+                raise _solve_error(code) from None
         raise
 
 

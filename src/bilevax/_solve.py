@@ -13,8 +13,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
+from ._as_written import as_written
 from ._diagnose._recommend import recommend
-from ._diagnose._recommendation import describe
 from ._hypergradient._base import AbstractHypergradient
 from ._hypergradient._entry import check_types, explained, is_unexplained
 from ._hypergradient._implicit import Implicit
@@ -166,7 +166,7 @@ def _with_rule(
         check_types(problem, rule)
         return dataclasses.replace(method, hypergradient=rule), None
     advice = recommend(problem, x0, theta0, inner_solver=method.inner_solver)
-    reason = f"{describe(advice.rule)}, because {advice.reason}"
+    reason = f"{as_written(advice.rule)}, because {advice.reason}"
     if advice.warning:
         reason += f". Warning: {advice.warning}"
     return dataclasses.replace(method, hypergradient=advice.rule), reason
@@ -227,7 +227,7 @@ class _Run:
                     return "interrupt"
                 if len(self.rows) == 1:
                     tolerance = atol + rtol * float(last["hypergradient_norm"][0])
-                    is_good = _RESULT_NAMES[int(last["result"][0])] == "successful"
+                    is_good = RESULTS(last["result"][0]).name == "successful"
                     if is_good and last["hypergradient_norm"][0] <= tolerance:
                         return "tolerance"
                 else:  # the first chunk took compilation with it
@@ -271,7 +271,7 @@ class _Run:
         if why == "singular":
             return self._go_over(infos, known, count, (num_moves, num_evaluations, tolerance))
         self._record(infos, known, count, num_moves)
-        if begin is not None and _RESULT_NAMES[int(self.rows[-1]["result"][-1])] == "nonfinite":
+        if begin is not None and RESULTS(self.rows[-1]["result"][-1]).name == "nonfinite":
             self._locate(begin, self.state.point)
         return why
 
@@ -337,7 +337,7 @@ class _Run:
         """Everything, as the user sees it."""
         columns = {name: joined(self.rows, name) for name in self.rows[0]}
         codes = columns["result"]
-        columns["result"] = np.array([_RESULT_NAMES[code] for code in codes])
+        columns["result"] = np.array(RESULTS.names())[codes]
         history = History(**columns)
         chosen, best, name = choose(self.state, self.best, history.value, history.result)
         if stopped_by == "failure":
@@ -381,12 +381,9 @@ class _Run:
             return name
         problem, x0 = self.given
         x, theta = restore(self.problem.inner, self.state.x, self.state.point)
-        why = _RESULT_NAMES[int(explained(problem, x0, theta, x, result)._value)]
+        why = explained(problem, x0, theta, x, result).name
         # A linear solver that stalled says nothing about the inner solve.
         return name if why == "inner_not_converged" else why
-
-
-_RESULT_NAMES = {int(item._value): name for name, item in RESULTS._name_to_item.items()}
 
 
 def _report_failures(solution: Solution, throw: bool) -> None:

@@ -12,7 +12,6 @@ from .._hypergradient._implicit import Implicit
 from .._hypergradient._minimum_norm import MinimumNorm
 from .._inner._external import Given
 from .._problem import Bilevel
-from .._results import RESULTS
 from .._tree import default_rtol, tree_dtype, tree_norm, tree_size, tree_sub, tree_zeros_like
 from ._agreement import compare_directions
 from ._base import Check
@@ -105,7 +104,7 @@ def _of_estimate(estimate: Estimate, at_x: Estimate) -> dict[str, Any]:
         "value": float(estimate.value),
         "hypergradient_norm": norm,
         "adjoint_residual": None if residual is None else float(residual),
-        "outcome": outcome_name(estimate.result),
+        "outcome": estimate.result.name,
         "error_at_x": relative(tree_norm(tree_sub(at_x.grad, estimate.grad)), norm),
     }
 
@@ -128,9 +127,3 @@ def _unless_rounding(cross_norm: float, here: AtPoint, polished: Solved) -> floa
     # Where theta only scales the inner objective, B falls to zero with the residual.
     rounding = 3 * float(polished.residual) + 10 * eps * float(polished.scale)
     return cross_norm if cross_norm * max(float(here.theta_norm), 1.0) > rounding else 0.0
-
-
-def outcome_name(result: RESULTS) -> str:
-    """The name of an outcome."""
-    code = int(np.asarray(result._value))
-    return next(name for name, item in RESULTS._name_to_item.items() if int(item._value) == code)

@@ -4,17 +4,18 @@ from typing import Any
 
 from jaxtyping import PyTree
 
+from .._as_written import as_written
 from .._hypergradient._base import AbstractHypergradient
 from .._hypergradient._forward_mode import ForwardMode
 from .._hypergradient._through_steps import AbstractThroughSteps
 from .._inner._base import AbstractInnerSolver
 from .._problem import Bilevel
+from .._results import RESULTS
 from ._compare_rules import Setting
 from ._comparison import ErrorCurve, MeasuredRule
-from ._costs import Program, compile_forward, compile_rule, outcome_of, time_in_turn
+from ._costs import Program, compile_forward, compile_rule, time_in_turn
 from ._curves import error_curve
 from ._prospect import relative_difference
-from ._recommendation import describe
 from ._reference import Reference
 
 _MAX_CURVE_STEPS = 1000
@@ -51,7 +52,7 @@ def measure_rules(
     rows = []
     for name in rules:
         solver = solvers[name][0]
-        label = describe(solver).replace("bx.", "")
+        label = as_written(solver).replace("bx.", "")
         if name in failures:
             rows.append(MeasuredRule(name, label, message=failures[name]))
             continue
@@ -67,7 +68,7 @@ def measure_rules(
                 forward_seconds=forward + host,
                 backward_seconds=max(whole - forward, 0.0),
                 memory_bytes=programs[name].memory_bytes,
-                outcome=outcome_of(code),
+                outcome=RESULTS(code).name,
                 **counts,
             )
         )
@@ -87,7 +88,7 @@ def measure_curve(
         return None
     num_steps = solver.max_steps if num_steps is None else num_steps
     num_steps = max(min(num_steps, _MAX_CURVE_STEPS), 1)
-    name = describe(solver).replace("bx.", "")
+    name = as_written(solver).replace("bx.", "")
     return error_curve(problem, solver, name, x0, theta, num_steps, reference.x, reference.grad)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
+from .._as_written import as_written
 from .._hypergradient._base import AbstractHypergradient
 from .._hypergradient._forward_mode import ForwardMode
 from .._hypergradient._implicit import Implicit
@@ -24,7 +25,6 @@ from .._linear import Neumann
 from .._problem import Bilevel, objective, start_at
 from .._tree import tree_size
 from ._prospect import look_at_inner
-from ._recommendation import describe
 from ._reference import Reference
 from ._spectrum import spectrum
 
@@ -61,7 +61,7 @@ def find_setting(
         return Setting(x0, solver, None, seconds, ())
     note = (
         f"rules through steps, and the curve: {stand_in.num_steps} steps of gradient descent with "
-        f"step size 1/L stand in for {describe(inner_solver or solver)}."
+        f"step size 1/L stand in for {as_written(inner_solver or solver)}."
     )
     return Setting(x0, solver, stand_in, seconds, (note,))
 
@@ -104,7 +104,7 @@ def named_rules(rules: Any) -> dict[str, AbstractHypergradient]:
     if isinstance(rules, AbstractHypergradient):
         rules = [rules]
     if not isinstance(rules, dict):
-        names = [describe(rule).replace("bx.", "") for rule in rules]
+        names = [as_written(rule).replace("bx.", "") for rule in rules]
         rules = dict(zip(names, rules, strict=True))
     for rule in rules.values():
         _check_rule(rule)

@@ -12,7 +12,6 @@ from jaxtyping import PyTree
 from .._hypergradient._base import AbstractHypergradient
 from .._inner._base import AbstractInnerSolver
 from .._problem import Bilevel, start_at
-from .._results import RESULTS
 
 _MOST_SECONDS = 4.0  # of timing, for all programs together
 _FEWEST_ROUNDS = 3
@@ -51,7 +50,7 @@ def compile_rule(
     def whole(problem: Bilevel, x0: PyTree, theta: PyTree) -> tuple:
         state = rule.init(problem, solver, x0, theta)
         estimate, _ = rule.estimate(problem, solver, x0, theta, state)
-        return estimate.grad, estimate.result._value, estimate.stats
+        return estimate.grad, estimate.result.index, estimate.stats
 
     return _compile(whole, problem, x0, theta)
 
@@ -78,9 +77,3 @@ def time_in_turn(programs: dict[Any, Program], num_rounds: int) -> dict[Any, flo
         if k + 1 >= _FEWEST_ROUNDS and time.perf_counter() - began > _MOST_SECONDS:
             break
     return {key: statistics.median(times) for key, times in seconds.items()}
-
-
-def outcome_of(code: Any) -> str:
-    """The name of a result that came out of a compiled program as a number."""
-    items = RESULTS._name_to_item.items()
-    return next(name for name, item in items if int(item._value) == int(code))

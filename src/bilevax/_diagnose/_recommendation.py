@@ -1,12 +1,11 @@
 """What `recommend` found out: one record, and how it reads."""
 
 import dataclasses
-import inspect
 import math
 from typing import Any
 
+from .._as_written import as_written
 from .._hypergradient._base import AbstractHypergradient
-from .._inner._optimistix import Optimistix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +43,8 @@ class Recommendation:
             return None if isinstance(value, float) and not math.isfinite(value) else value
 
         return {
-            "rule": describe(self.rule),
-            "inner_solver": None if self.inner_solver is None else describe(self.inner_solver),
+            "rule": as_written(self.rule),
+            "inner_solver": None if self.inner_solver is None else as_written(self.inner_solver),
             "reason": self.reason,
             "warning": self.warning,
             "measured": {key: plain(value) for key, value in self.measured.items()},
@@ -53,7 +52,7 @@ class Recommendation:
         }
 
     def __str__(self) -> str:
-        lines = [f"bx.recommend: {describe(self.rule)}", f"  because {self.reason}"]
+        lines = [f"bx.recommend: {as_written(self.rule)}", f"  because {self.reason}"]
         if self.warning:
             lines.append(f"  WARNING: {self.warning}")
         numbers = [
@@ -67,31 +66,3 @@ class Recommendation:
             listed = ", ".join(f"{name} {cost:.0f}" for name, cost in self.costs.items())
             lines.append(f"  predicted cost beside the inner solve, in gradients: {listed}")
         return "\n".join(lines)
-
-
-def describe(choice: Any) -> str:
-    """A rule or a solver as one would write it: what differs from the defaults only."""
-    if isinstance(choice, Optimistix):
-        return describe(choice.solver)
-    if not dataclasses.is_dataclass(choice):
-        return getattr(choice, "__name__", type(choice).__name__)
-    parts = []
-    parameters = inspect.signature(type(choice).__init__).parameters
-    for k, (name, parameter) in enumerate(list(parameters.items())[1:]):
-        value = getattr(choice, name, None)
-        shown = _shown(value)
-        if shown is None or _shown(parameter.default) == shown:
-            continue
-        parts.append(shown if k == 0 else f"{name}={shown}")
-    prefix = "bx." if type(choice).__module__.startswith("bilevax") else ""
-    return f"{prefix}{type(choice).__name__}({', '.join(parts)})"
-
-
-def _shown(value: Any) -> str | None:
-    """A number, a string or another choice; nothing for what says nothing in a line."""
-    if isinstance(value, bool | int | str):
-        return repr(value)
-    if isinstance(value, float):
-        return f"{value:.2g}"
-    is_choice = dataclasses.is_dataclass(value) and not isinstance(value, type)
-    return describe(value) if is_choice else None

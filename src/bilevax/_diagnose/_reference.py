@@ -8,6 +8,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
+from .._as_written import as_written
 from .._hypergradient._base import AbstractHypergradient
 from .._hypergradient._entry import hypergradient
 from .._hypergradient._implicit import Implicit
@@ -18,9 +19,7 @@ from .._linear import CG, GMRES, Direct
 from .._linear._solve_linear import DIRECT_SIZE
 from .._problem import Bilevel, start_at
 from .._tree import is_bounded, tree_norm, tree_size
-from ._assemble import outcome_name
 from ._check import tight_solver
-from ._recommendation import describe
 
 
 class Reference(NamedTuple):
@@ -45,7 +44,7 @@ def find_reference(
     """`given` as a reference; by default the exact solution's, or that of the steps."""
     if isinstance(given, AbstractHypergradient):
         estimate = _estimate(problem, solver, x0, theta, given)
-        name = f"{describe(given)}, with the inner solver as it is"
+        name = f"{as_written(given)}, with the inner solver as it is"
         return Reference(estimate.grad, None, name, float("nan"), _flag(estimate))
     tight = _tight(problem, x0, theta)
     if given is not None:
@@ -67,7 +66,7 @@ def _tight(problem: Bilevel, x0: PyTree, theta: PyTree) -> Reference:
     rule = Implicit(linear_solver, error_estimate=True)
     estimate = _estimate(problem, solver, start, theta, rule)
     name = "the implicit hypergradient at an inner solution as exact as the dtype allows"
-    if outcome_name(estimate.result) == "singular":
+    if estimate.result.name == "singular":
         estimate = _estimate(problem, solver, start, theta, MinimumNorm())
         name = "the response of smallest norm at such a solution (the inner problem has many)"
         return Reference(estimate.grad, estimate.x, name, np.nan, _flag(estimate), True)
@@ -87,7 +86,7 @@ def _estimate(
 
 
 def _flag(estimate: Any) -> str:
-    outcome = outcome_name(estimate.result)
+    outcome = estimate.result.name
     is_good = outcome in ("successful", "stalled")
     return "" if is_good else f"note: the reference itself is flagged, {outcome}."
 

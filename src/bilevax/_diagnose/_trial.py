@@ -15,7 +15,6 @@ from .._linear._solve_linear import DIRECT_SIZE
 from .._precondition import Jacobi
 from .._problem import Bilevel, FixedPoint
 from .._tree import tree_dtype, tree_norm, tree_size
-from ._assemble import outcome_name
 from ._prospect import Inner, look_at_gradient, relative_difference
 from ._spectrum import Spectrum
 
@@ -49,7 +48,7 @@ def try_linear_solvers(
         error_of_x = _relative_error(found)
         products = _num_products(found)
         costs = {"direct": products}
-        return Trial(Implicit(), products, 0.0, error_of_x, outcome_name(found.result), costs)
+        return Trial(Implicit(), products, 0.0, error_of_x, found.result.name, costs)
     solver = CG if is_symmetric else GMRES
     dtype = tree_dtype(inner.x)
     floor = 1e-10 if dtype == jnp.float64 else 1e-5
@@ -57,7 +56,7 @@ def try_linear_solvers(
     tight = look_at_gradient(problem, inner.x, theta, tight_rule)
     with_error = Implicit(tight_rule.linear_solver, error_estimate=True)
     error_of_x = _relative_error(look_at_gradient(problem, inner.x, theta, with_error))
-    outcome = outcome_name(tight.result)
+    outcome = tight.result.name
     name, found = solver.__name__, Trial(Implicit(), 0, np.inf, error_of_x, outcome, {})
     if outcome not in ("successful", "adjoint_not_converged", "stalled"):
         return found._replace(num_products=_num_products(tight))
@@ -101,7 +100,7 @@ def try_minimum_norm(problem: Bilevel, inner: Inner, theta: PyTree, rtol: float)
     """
     x, dtype = inner.x, tree_dtype(inner.x)
     safe = look_at_gradient(problem, x, theta, MinimumNorm())
-    products, outcome = _num_products(safe), outcome_name(safe.result)
+    products, outcome = _num_products(safe), safe.result.name
     costs = {"MinimumNorm": products}
     found = Trial(MinimumNorm(), products, 0.0, 0.0, outcome, costs)
     if outcome != "successful" or not problem.inner.is_symmetric:
@@ -111,7 +110,7 @@ def try_minimum_norm(problem: Bilevel, inner: Inner, theta: PyTree, rtol: float)
         solver = MINRES(rtol=jnp.asarray(tolerance, dtype), minimum_norm=True)
         looked = look_at_gradient(problem, x, theta, Implicit(solver))
         error, products = relative_difference(looked.grad, safe.grad), _num_products(looked)
-        if outcome_name(looked.result) == "successful" and error <= _SHARE * rtol:
+        if looked.result.name == "successful" and error <= _SHARE * rtol:
             costs = costs | {"MINRES": products}
             if products > 0.7 * found.num_products:
                 return found._replace(costs=costs)

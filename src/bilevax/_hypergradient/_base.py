@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Bool, PyTree, Scalar
 
+from .._as_written import OneLine
 from .._inner._base import AbstractInnerSolver, Counts
 from .._problem import AbstractCondition, Bilevel
 from .._results import RESULTS
 from ._derivative import refuse_derivative
+from ._summary import summary
 
 
 class Estimate(eqx.Module):
@@ -75,6 +77,9 @@ class Estimate(eqx.Module):
     adjoint_growth: Scalar | None = None
     is_bilevel: Bool[Array, ""] | None = None
 
+    def __repr__(self) -> str:
+        return summary(self)
+
     @property
     def best_value(self) -> Scalar:
         """The best that is known of `L(x*(theta), theta)`: `dual_value`, or else `value`."""
@@ -93,7 +98,7 @@ class HypergradientState(eqx.Module):
     rule: PyTree = None  # the rule's own: random keys, particles
 
 
-class AbstractHypergradient(optx.AbstractAdjoint):
+class AbstractHypergradient(OneLine, optx.AbstractAdjoint):
     """A rule for differentiating through `x*(theta)`.
 
     Three views of one rule: `estimate` (with evidence and warm starts), `solution` (a

@@ -51,7 +51,7 @@ def is_nonfinite(result: RESULTS) -> bool:
     """Whether a NaN or an infinity appeared, as far as that is known already."""
     if result.is_traced():
         return False
-    return bool(np.all(np.asarray(result._value) == np.asarray(RESULTS.nonfinite._value)))
+    return bool(np.all(np.asarray(result.index) == RESULTS.nonfinite.index))
 
 
 def locate(problem: Bilevel, inner_solver: Any, x0: PyTree, theta: PyTree, *more: PyTree) -> None:

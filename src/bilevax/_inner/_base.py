@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree, Scalar
 
+from .._as_written import OneLine
 from .._problem import AbstractCondition
 from .._results import RESULTS
 from .._tree import default_rtol, tree_all_finite
@@ -50,7 +51,7 @@ class InnerSolution(eqx.Module):
     counts: Counts
 
 
-class AbstractInnerSolver(eqx.Module):
+class AbstractInnerSolver(OneLine, eqx.Module):
     """Finds `x*(theta)`.
 
     `state` is what the solver itself carries from one outer step to the next (an

@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
+from .._as_written import OneLine
 from .._tree import default_rtol, tree_norm
 from ._own_scale import norm
 
@@ -37,7 +38,7 @@ class AbstractMeasuredState(eqx.Module):
         return self.num_gradients == 0
 
 
-class AbstractMeasuredMinimiser(optx.AbstractMinimiser):
+class AbstractMeasuredMinimiser(OneLine, optx.AbstractMinimiser):
     """A minimiser that stops on its gradient and reports what it measured.
 
     Law: `is_done` exactly if `residual <= tolerance`, measured at the returned `y`.

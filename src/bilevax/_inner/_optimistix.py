@@ -79,6 +79,8 @@ class Optimistix(AbstractSteppingSolver):
         ```
     """
 
+    stands_for = "solver"
+
     solver: optx.AbstractIterativeSolver
     max_steps: int
     rtol: float | None

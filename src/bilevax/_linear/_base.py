@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Int, PyTree, Scalar
 
+from .._as_written import OneLine
 from .._results import RESULTS
 from .._tree import tree_norm
 from ._common import largest_entry
@@ -33,7 +34,7 @@ class LinearSolution(eqx.Module):
     result: RESULTS
 
 
-class AbstractIterativeLinearSolver(lx.AbstractLinearSolver):
+class AbstractIterativeLinearSolver(OneLine, lx.AbstractLinearSolver):
     """A linear solver of ours, usable in `lineax.linear_solve` by anybody.
 
     Subclasses give `solve`; the rest is Lineax' interface. Pytrees in and out. In Lineax'

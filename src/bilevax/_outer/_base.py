@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, Bool, PyTree, Scalar
 
+from .._as_written import OneLine
 from .._problem import Bilevel
 from .._results import RESULTS
 
@@ -32,7 +33,7 @@ class StepInfo(eqx.Module):
     gave_up: Bool[Array, ""]  # the method cannot go on from here
 
 
-class AbstractMethod(eqx.Module):
+class AbstractMethod(OneLine, eqx.Module):
     """Moves theta.
 
     Law: `step(..., move=True)` makes one outer step from `state.theta`, and its info

@@ -118,7 +118,7 @@ def _pack(info: StepInfo) -> tuple[Array, Array]:
     """An info as a row of floats and a row of integers; `columns` is the inverse."""
     floats = [getattr(info, name) for name in _known(info)]
     dtype = jnp.zeros(()).dtype
-    integers = [info.result._value, *(info.stats[name] for name in STATS)]
+    integers = [info.result.index, *(info.stats[name] for name in STATS)]
     return (
         jnp.stack([jnp.asarray(a, dtype) for a in floats]),
         jnp.stack([jnp.asarray(a, jnp.int32) for a in integers]),

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree, Scalar
 
+from .._as_written import OneLine
 from .._hypergradient._adjoint import with_rtol
 from .._hypergradient._base import AbstractHypergradient
 from .._hypergradient._implicit import Implicit
@@ -18,7 +19,7 @@ from .._problem import AbstractCondition
 from .._tree import default_rtol, tree_dtype, tree_size
 
 
-class AbstractToleranceSchedule(eqx.Module):
+class AbstractToleranceSchedule(OneLine, eqx.Module):
     """Relative tolerances of the inner solve and of the adjoint system, step by step."""
 
     @abc.abstractmethod

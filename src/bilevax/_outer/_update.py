@@ -13,6 +13,7 @@ import optax
 import optimistix as optx
 from jaxtyping import Array, Bool, PyTree, Scalar
 
+from .._as_written import OneLine
 from .._hypergradient._base import Estimate
 from .._tree import (
     Opaque,
@@ -34,7 +35,7 @@ class Update(NamedTuple):
     predicted_decrease: Scalar | None  # see `StepInfo`
 
 
-class AbstractOuterOptimizer(eqx.Module):
+class AbstractOuterOptimizer(OneLine, eqx.Module):
     """Moves theta, one evaluation a step.
 
     Law: `next_point` says where the hypergradient is wanted, and `update` is told what
@@ -103,6 +104,8 @@ def rejected(estimate: Estimate, usable: Bool[Array, ""]) -> Estimate:
 class _Optax(AbstractOuterOptimizer):
     """Any Optax transformation."""
 
+    stands_for = "optimizer"
+
     optimizer: Any
 
     @property
@@ -141,6 +144,8 @@ class _Optax(AbstractOuterOptimizer):
 
 class _Optimistix(AbstractOuterOptimizer):
     """An Optimistix minimiser that works with gradients."""
+
+    stands_for = "optimizer"
 
     optimizer: optx.AbstractMinimiser
 

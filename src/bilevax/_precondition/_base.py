@@ -8,12 +8,13 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
+from .._as_written import OneLine
 from .._problem import AbstractCondition
 
 Apply = Callable[[PyTree[Array]], PyTree[Array]]
 
 
-class AbstractPreconditioner(eqx.Module):
+class AbstractPreconditioner(OneLine, eqx.Module):
     """Makes the adjoint system `A v = b` easier, for one outer step after the other.
 
     A preconditioner is another operator, a warm start another first guess: they help
