@@ -11,7 +11,6 @@ import numpy as np
 from _common import arguments, print_header, print_table, race
 
 import bilevax as bx
-from bilevax._diagnose._recommendation import describe
 
 RTOL = 1e-3  # of the hypergradient
 MOST_SECONDS = 5.0  # a rule that takes longer than this for one hypergradient is out of the race
@@ -73,7 +72,7 @@ def judge(case: problems.Case, num_rounds: int, verbose: bool) -> tuple:
         f"{len(accurate)} / {len(rules)}",
         best,
         1e3 * min(timings[best].wall),
-        describe(advice.rule),
+        str(advice.rule),
         1e3 * min(timings[chosen].wall),
         f"{errors[chosen]:.0e}",
         f"{ratio:.2f}",
