@@ -1,7 +1,7 @@
 """Adjoint systems: which solver, from which start, and what is measured of the answer."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Int, PyTree, Scalar
 
-from .._inner._own_scale import norm
+from .._inner._own_scale import norm, own_magnitude
 from .._linear import (
     Direct,
     LinearSolution,
@@ -31,6 +31,9 @@ _LEFT = 1e-2
 # How much more than the accuracy asked for in one norm of all entries. Conjugate gradients
 # to 1e-3 leave up to 1e-2 on a ridge whose features differ in scale by 30.
 _COARSER = 100.0
+# Of x, what a Newton step may still move. Of some 2,000 random problems with a solution to
+# the default accuracy two move by more, three that are wrong by more than 1 % all do.
+_FAR = 0.03
 
 
 def with_rtol(solver: Any, rtol: Scalar | float) -> Any:
@@ -87,6 +90,39 @@ def in_own_scale(
     result = RESULTS.where(is_hidden, RESULTS.adjoint_not_converged, adjoint.result)
     num_products = adjoint.num_products + is_open.astype(jnp.int32)
     return eqx.tree_at(lambda s: (s.result, s.num_products), adjoint, (result, num_products))
+
+
+class Reached(NamedTuple):
+    """Where an inner solve ended: the residual that is left, and the magnitudes of x."""
+
+    residual: PyTree[Array]
+    size: PyTree[Array]
+
+
+def reached(residual: PyTree[Array], x: PyTree[Array], x0: PyTree[Array]) -> Reached:
+    """What is needed to see whether `x`, found from `x0`, is a solution."""
+    return Reached(residual, own_magnitude(x, x0))
+
+
+def direct_at(
+    end: Reached, solver: Direct, matvec: Callable[[PyTree], PyTree]
+) -> Callable[[PyTree], LinearSolution]:
+    """`b -> A^-1 b`; `inner_not_converged` where x is too far from a solution.
+
+    A residual is small where x is off in a soft direction or, if a row holds terms of other
+    variables that are far larger, in a small variable. The Newton step tells how far x is,
+    and the factorisation has it for nothing.
+    """
+    factorised = solver.factorise(matvec, end.size)
+    is_far = factorised.relative_step(end.residual, end.size) > _FAR
+
+    def solve(b: PyTree[Array]) -> LinearSolution:
+        found = factorised.solve(b)
+        is_hidden = is_far & (found.result == RESULTS.successful)
+        result = RESULTS.where(is_hidden, RESULTS.inner_not_converged, found.result)
+        return eqx.tree_at(lambda s: s.result, found, result)
+
+    return solve
 
 
 class NewtonSteps(eqx.Module):

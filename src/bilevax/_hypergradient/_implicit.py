@@ -38,7 +38,7 @@ from .._tree import (
     tree_zeros_like,
 )
 from ._accuracy import estimate_to_accuracy, first_tolerances
-from ._adjoint import in_own_scale
+from ._adjoint import Reached, direct_at, in_own_scale, reached
 from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, estimate_of
 from ._derivative import with_derivative
 from ._evidence import damping_bias, dual_value, with_evidence
@@ -191,13 +191,14 @@ class Implicit(AbstractHypergradient):
             )
         condition = problem.inner
         # 1. x solves the inner problem
-        inner, inner_state = inner_solver.solve(condition, start_at(x0, theta), theta, state.inner)
+        x0 = start_at(x0, theta)
+        inner, inner_state = inner_solver.solve(condition, x0, theta, state.inner)
         x = inner.x
         # 2. v solves the adjoint system
         at, outer = linearise(condition, x, theta), outer_at(problem, x, theta)
-        memory = (state.linear, state.preconditioner)
+        memory, end = (state.linear, state.preconditioner), reached(at.residual, x, x0)
         adjoint, apply, memory = self._solve(
-            at, outer.grad_x, state.v, condition, x, theta, inner_state, memory, True
+            at, outer.grad_x, state.v, condition, x, theta, inner_state, memory, True, end
         )
         # 3. the hypergradient, and the residual of the adjoint system in the same pass
         product, cross = at.both(adjoint.value)
@@ -273,7 +274,7 @@ class Implicit(AbstractHypergradient):
         result = self.inner_result(inner.result)
         x = or_fail(inner.x, result, True) if throw else inner.x
         failed = None if throw else (result != RESULTS.successful)
-        x = self.attach(condition, theta, x, inner_state, throw, failed)
+        x = self.attach(condition, theta, x, inner_state, throw, failed, x0)
         return x if throw else or_fail(x, result, False)
 
     def attach(
@@ -284,8 +285,12 @@ class Implicit(AbstractHypergradient):
         inner_state: PyTree,
         throw: bool,
         failed: Bool[Array, ""] | None = None,
+        x0: PyTree | None = None,
     ) -> PyTree[Array]:
-        """The solution `x`, with its derivative in theta and the arrays of `condition`."""
+        """The solution `x`, with its derivative in theta and the arrays of `condition`.
+
+        With `x0`, from where it was found, the derivative fails where x is no solution.
+        """
         args = (condition, theta, self.damping if self._is_damped else None, stop_gradient(x))
         undamped = dataclasses.replace(self, damping=0.0)
         return attach_derivative(
@@ -293,7 +298,7 @@ class Implicit(AbstractHypergradient):
             args,
             x,
             partial(_solve_at, throw=throw, may_choose=True),
-            (undamped, condition, x, theta, inner_state),
+            (undamped, condition, x, theta, inner_state, x0),
             condition.is_symmetric,
             failed,
         )
@@ -308,7 +313,7 @@ class Implicit(AbstractHypergradient):
             (problem, x, theta, self.damping if self._is_damped else None),
             v,
             partial(_solve_at, throw=False, may_choose=False, turns=True),
-            (undamped, problem.inner, x, theta, inner_state),
+            (undamped, problem.inner, x, theta, inner_state, None),
             problem.inner.is_symmetric,
         )
 
@@ -339,12 +344,14 @@ class Implicit(AbstractHypergradient):
         theta: PyTree,
         inner_state: PyTree = None,
         cross: Callable | None = None,
+        end: Reached | None = None,
         *,
         is_transposed: bool,
     ) -> LinearSolution:
         """One system by itself, with `A` or its transpose, its residual measured.
 
         With `cross`, the product with `B^T`, the solution of smallest norm of a singular one.
+        With `end`, where x was found just now, few variables show whether it is a solution.
         """
         at = Linearised(b, matvec, matvec, lambda v: (matvec(v), None))
         if not (self.is_default and condition.is_symmetric):
@@ -352,7 +359,7 @@ class Implicit(AbstractHypergradient):
         rule = self if cross is None else self.of_smallest_norm(b)
         memory = rule._memory(condition, x)
         adjoint, _, _ = rule._solve(
-            at, b, None, condition, x, theta, inner_state, memory, is_transposed
+            at, b, None, condition, x, theta, inner_state, memory, is_transposed, end
         )
         damped = self._damped_product(matvec)
         product = damped(adjoint.value)
@@ -380,6 +387,7 @@ class Implicit(AbstractHypergradient):
         inner_state: PyTree,
         memory: tuple[PyTree, PyTree],
         is_transposed: bool,
+        end: Reached | None,
     ) -> tuple[LinearSolution, Callable | None, tuple[PyTree, PyTree]]:
         """The adjoint, the preconditioner of `A`, and what both remember."""
         linear, sketch = memory
@@ -393,7 +401,13 @@ class Implicit(AbstractHypergradient):
         used = apply
         if apply is not None and is_transposed and not condition.is_symmetric:
             used = transposed(apply, b)
-        adjoint, linear = resume_linear(solver, matvec, b, v0, used, linear, condition.is_symmetric)
+        is_judged = condition.is_symmetric and not (self.inexact or self._is_damped)
+        if is_judged and end is not None and isinstance(solver, Direct):
+            adjoint = direct_at(end, solver, matvec)(b)
+        else:
+            adjoint, linear = resume_linear(
+                solver, matvec, b, v0, used, linear, condition.is_symmetric
+            )
         if self.preconditioner is not None:
             sketch = self.preconditioner.learn(sketch, adjoint.num_steps)
         adjoint = eqx.tree_at(lambda s: s.num_products, adjoint, adjoint.num_products + extra)
@@ -509,11 +523,20 @@ def _solve_at(
     turns: bool = False,
 ) -> PyTree:
     """Solve with `A` or, where `turns`, with its transpose; what is transposed, the other way."""
-    rule, condition, x, theta, inner_state = memory
+    rule, condition, x, theta, inner_state, x0 = memory
     cross = system.cross if may_choose else None
     is_transposed = system.is_transposed != turns
+    end = None if x0 is None else reached(condition.residual(x, theta), x, x0)
     adjoint = rule.solve_adjoint(
-        system.matvec, b, condition, x, theta, inner_state, cross, is_transposed=is_transposed
+        system.matvec,
+        b,
+        condition,
+        x,
+        theta,
+        inner_state,
+        cross,
+        end,
+        is_transposed=is_transposed,
     )
     return solved_or_fail(adjoint, b, throw)
 

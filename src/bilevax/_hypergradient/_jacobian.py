@@ -13,7 +13,7 @@ from .._linear import LinearSolution
 from .._problem import Bilevel, as_arrays, prepare
 from .._results import RESULTS, first_failure
 from .._tree import flat_to_tree, lean_jit, map_rows, tree_basis, tree_size
-from ._adjoint import first_of_batch
+from ._adjoint import first_of_batch, reached
 from ._base import as_stats
 from ._entry import check_types, raise_failure
 from ._implicit import Implicit
@@ -111,10 +111,11 @@ def _forward(
 ) -> tuple[PyTree, LinearSolution]:
     """Columns: `A J_i = -B e_i`."""
     at = linearise(problem.inner, x, theta)
+    end = reached(at.residual, x, x)
 
     def solve(b: PyTree) -> LinearSolution:
         return rule.solve_adjoint(
-            at.forward, b, problem.inner, x, theta, cross=at.cross, is_transposed=False
+            at.forward, b, problem.inner, x, theta, cross=at.cross, end=end, is_transposed=False
         )
 
     columns, systems = tangent_columns(problem.inner, at, x, theta, solve)
@@ -128,10 +129,18 @@ def _reverse(
 ) -> tuple[PyTree, LinearSolution]:
     """Rows: `A^T w_i = e_i`, and `-B^T w_i`."""
     at = linearise(problem.inner, x, theta)
+    end = reached(at.residual, x, x)
 
     def row(direction: PyTree) -> tuple[PyTree, LinearSolution]:
         solution = rule.solve_adjoint(
-            at.adjoint, direction, problem.inner, x, theta, cross=at.cross, is_transposed=True
+            at.adjoint,
+            direction,
+            problem.inner,
+            x,
+            theta,
+            cross=at.cross,
+            end=end,
+            is_transposed=True,
         )
         return jtu.tree_map(jnp.negative, at.both(solution.value)[1]), solution
 

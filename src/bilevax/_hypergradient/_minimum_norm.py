@@ -28,7 +28,7 @@ from .._tree import (
     tree_size,
     tree_sub,
 )
-from ._adjoint import DENSE_EVIDENCE, first_of_batch, strictest
+from ._adjoint import DENSE_EVIDENCE, Reached, direct_at, first_of_batch, reached, strictest
 from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, estimate_of
 from ._derivative import refuse_derivative
 from ._evidence import dual_value
@@ -114,12 +114,14 @@ class MinimumNorm(AbstractHypergradient):
         state: HypergradientState,
     ) -> tuple[Estimate, HypergradientState]:
         condition = problem.inner
-        inner, inner_state = inner_solver.solve(condition, start_at(x0, theta), theta, state.inner)
+        x0 = start_at(x0, theta)
+        inner, inner_state = inner_solver.solve(condition, x0, theta, state.inner)
         x = inner.x
         at, outer = linearise(condition, x, theta), outer_at(problem, x, theta)
         is_small = tree_size(theta) <= self.max_tangents
         differentiate = _by_tangents if is_small else _by_adjoint
-        grad, v, systems, is_consistent = differentiate(condition, at, outer, x, theta)
+        end = None if self.inexact else reached(at.residual, x, x0)
+        grad, v, systems, is_consistent = differentiate(condition, at, outer, x, theta, end)
         is_finite = tree_all_finite((outer.value, grad))
         result = first_failure(
             Implicit(inexact=self.inexact).inner_result(inner.result),
@@ -172,7 +174,7 @@ class MinimumNorm(AbstractHypergradient):
         rule = Implicit(solver, inexact=self.inexact)
         x = rule.solution(condition, inner_solver, x0, theta, throw)
         at = linearise(*stop_gradient((condition, x, theta)))
-        _, is_consistent = _solve_and_probe(solver, at, [], stop_gradient(x), condition)
+        _, is_consistent = _solve_and_probe(solver, at, [], stop_gradient(x), condition, None)
         result = RESULTS.where(is_consistent, RESULTS.successful, RESULTS.singular)
         return or_fail(x, result, throw)
 
@@ -194,16 +196,22 @@ def _tolerance(systems: LinearSolution, x: PyTree) -> Scalar:
 
 
 def _by_tangents(
-    condition: AbstractCondition, at: Linearised, outer: Outer, x: PyTree, theta: PyTree
+    condition: AbstractCondition,
+    at: Linearised,
+    outer: Outer,
+    x: PyTree,
+    theta: PyTree,
+    end: Reached | None,
 ) -> Found:
     """`d_theta L + (D x*)^T d_x L` from the columns of `D x*`: no `v`."""
     size, is_symmetric = tree_size(x), condition.is_symmetric
     dense = size <= DENSE_EVIDENCE
     iterative = default_linear_solver(is_symmetric, size)
     solver = Direct(minimum_norm=True) if dense else iterative
+    solve_one = _solver_at(solver, at.forward, is_symmetric, end)
 
     def solve(b: PyTree) -> LinearSolution:
-        found = solve_linear(solver, at.forward, b, is_symmetric=is_symmetric)
+        found = solve_one(b)
         found = verify(found, b, at.forward(found.value))
         if not dense:
             return found
@@ -218,12 +226,29 @@ def _by_tangents(
     return grad, None, systems, jnp.array(True)
 
 
+def _solver_at(
+    solver: lx.AbstractLinearSolver,
+    matvec: Callable[[PyTree], PyTree],
+    is_symmetric: bool,
+    end: Reached | None,
+) -> Callable[[PyTree], LinearSolution]:
+    """The solver of the systems at x; with `end`, it sees whether x is a solution."""
+    if isinstance(solver, Direct) and is_symmetric and end is not None:
+        return direct_at(end, solver, matvec)
+    return lambda b: solve_linear(solver, matvec, b, is_symmetric=is_symmetric)
+
+
 def _by_adjoint(
-    condition: AbstractCondition, at: Linearised, outer: Outer, x: PyTree, theta: PyTree
+    condition: AbstractCondition,
+    at: Linearised,
+    outer: Outer,
+    x: PyTree,
+    theta: PyTree,
+    end: Reached | None,
 ) -> Found:
     """`d_theta L - B^T v`, `v = A^+ d_x L`, and whether that means anything."""
     solver = _minimum_norm_solver(condition.is_symmetric, tree_size(x))
-    systems, is_consistent = _solve_and_probe(solver, at, [outer.grad_x], x, condition)
+    systems, is_consistent = _solve_and_probe(solver, at, [outer.grad_x], x, condition, end)
     v = jtu.tree_map(lambda a: a[0], systems.value)
     grad = tree_sub(outer.grad_theta, at.both(v)[1])
     return grad, v, systems, is_consistent
@@ -235,6 +260,7 @@ def _solve_and_probe(
     sides: list[PyTree],
     x: PyTree,
     condition: AbstractCondition,
+    end: Reached | None,
 ) -> tuple[LinearSolution, Bool[Array, ""]]:
     """`A^+ b` for the given sides and a pseudo-random one; is `B^T` blind to their null parts?
 
@@ -244,8 +270,10 @@ def _solve_and_probe(
     pattern = jtu.tree_map(signs_like, x)
     batch = jtu.tree_map(lambda *a: jnp.stack(a), *sides, pattern)
 
+    solve_one = _solver_at(solver, at.adjoint, condition.is_symmetric, end)
+
     def solve(b: PyTree) -> tuple[LinearSolution, Scalar, Scalar]:
-        found = solve_linear(solver, at.adjoint, b, is_symmetric=condition.is_symmetric)
+        found = solve_one(b)
         product = at.adjoint(found.value)
         null = tree_sub(b, product)
         return verify(found, b, product), tree_norm(null), tree_norm(at.both(null)[1])

@@ -22,7 +22,7 @@ from .._problem import (
 )
 from .._results import RESULTS, first_failure
 from .._tree import lean_jit, map_rows, tree_all_finite, tree_sub
-from ._adjoint import first_of_batch, strictest
+from ._adjoint import first_of_batch, reached, strictest
 from ._base import Estimate, as_stats
 from ._derivative import refuse_derivative
 from ._entry import check_types, raise_failure
@@ -109,10 +109,11 @@ def _estimates(
     basis = jnp.eye(values.shape[0], dtype=values.dtype)
     grads_x, grads_theta = jax.vmap(pullback)(basis)
     at = linearise(condition, x, theta)
+    end = reached(at.residual, x, x0)
 
     def solve(b: PyTree) -> LinearSolution:
         return rule.solve_adjoint(
-            at.adjoint, b, condition, x, theta, inner_state, is_transposed=True
+            at.adjoint, b, condition, x, theta, inner_state, end=end, is_transposed=True
         )
 
     systems = map_rows(solve, grads_x, at.adjoint, x)

@@ -6,6 +6,7 @@ returns is one of many, and its zero says nothing. What tells is the gradient on
 the jump of the gradient where a kink lies in between.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.extend.core import ClosedJaxpr, Literal
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._linear._common import signs_like
 from .._problem import AbstractCondition, objective
@@ -22,6 +23,8 @@ from .._tree import tree_axpy, tree_dtype, tree_norm, tree_scale
 
 # A jump of this part of the terms of a gradient is no rounding error, and moves x.
 _JUMP = 1e-3
+# How often a step is shortened, by eight.
+_SHORTER = 5
 # Results of these have a kink in their operands; comparisons, where something is selected.
 _KINKED = frozenset(
     [
@@ -67,20 +70,30 @@ def flag_kink(
 ) -> RESULTS:
     """`not_smooth` where a successful `x` is at a kink; two gradients and a product.
 
-    Nothing is computed for functions in which nothing could have a kink.
+    Again with shorter steps where there may be one: what is curved strongly within a step is
+    smooth within a shorter one. Nothing is computed for functions in which nothing could have
+    a kink.
     """
     is_objective = objective(condition) is not None
     if not (is_objective and may_have_kinks(lambda x: condition(x, theta), x)):
         return result
-    direction = tree_scale(step_across(tree_dtype(x)), not_zero(x, x0))
-    is_candidate = result == RESULTS.successful
-    jump = jax.lax.cond(
-        is_candidate,
-        lambda: jump_across(lambda x: condition.residual(x, theta), x, direction),
-        lambda: jnp.zeros_like(scale),
-    )
-    # False where the gradient is not a number: outside the domain nothing is known.
-    is_kink = is_candidate & (jump > _JUMP * scale) & (jump > 0)
+    eps = float(jnp.finfo(tree_dtype(x)).eps)
+    step = step_across(tree_dtype(x))
+    times = min(_SHORTER, int(math.log(step / (16 * eps), 8)))
+    direction = tree_scale(step, not_zero(x, x0))
+
+    def is_open(state: tuple) -> Bool[Array, ""]:
+        return state[0] & (state[1] < times)
+
+    def shorten(state: tuple) -> tuple:
+        _, k = state
+        d = tree_scale(8.0**-k, direction)
+        jump = jump_across(lambda x: condition.residual(x, theta), x, d)
+        # False where the gradient is not a number: outside the domain nothing is known.
+        return (jump > _JUMP * scale) & (jump > 0), k + 1
+
+    candidate = (result == RESULTS.successful, jnp.zeros((), jnp.int32))
+    is_kink, _ = jax.lax.while_loop(is_open, shorten, candidate)
     return RESULTS.where(is_kink, RESULTS.not_smooth, result)
 
 

@@ -13,6 +13,7 @@ from .._problem import AbstractCondition, FixedPoint, LeastSquares, as_arrays, o
 from .._results import RESULTS
 from .._tree import (
     Opaque,
+    default_rtol,
     tree_all_finite,
     tree_astype,
     tree_dot,
@@ -43,11 +44,12 @@ class Optimistix(AbstractSteppingSolver):
     | root finder | `grad_x U` | `grad_x U` | residual |
     | fixed point | refused | refused | `fn` (`FixedPoint` only) |
 
-    The outcome is judged by the residual measured at the returned `x`, with the
-    solver's own `rtol` and `atol`: see `measure`. Optimistix' own verdict does not count,
-    because several of its solvers say "successful" where they stall. Solvers that stop on
-    the length of their step may leave a gradient larger than that: short steps are no
-    proof of a small gradient. Then ask the solver for more, or say here what is enough.
+    The outcome is judged by the residual measured at the returned `x`: see `measure`.
+    Optimistix' own verdict does not count, because several of its solvers say "successful"
+    where they stall. Its numbers are for steps and values, and a gradient is not to be
+    smaller than the default, 1e-6 in float64, because of them: the residual must meet the
+    larger of that and the solver's `rtol`. Short steps are no proof of a small gradient
+    either; where a solver leaves more, ask it for more, or say here what is enough.
     Of an equation the residual is judged, also where a minimiser has met its own
     stopping rule: a minimum of the squared residual need not be a root.
 
@@ -58,9 +60,10 @@ class Optimistix(AbstractSteppingSolver):
 
     - `solver`: the Optimistix solver.
     - `max_steps`: the most steps it may take.
-    - `rtol`, `atol`: what the two-norm of the residual must meet; by default what the
-        solver was asked for, its `atol` translated from its own norm (the largest entry,
-        for most) to the two-norm: times the root of the number of variables.
+    - `rtol`, `atol`: what the two-norm of the residual must meet, exactly as given; by
+        default the solver's `rtol`, but no less than 1e-6 in float64 and 1e-4 in float32,
+        and its `atol`, translated from its own norm (the largest entry, for most) to the
+        two-norm: times the root of the number of variables.
     - `options`: what Optimistix calls the options of a solver: `{"lower": 0.0, "upper":
         1.0}` for `optx.Bisection`, `{"jac": "bwd"}` for least squares, ...
     - `fallback`: the solver that goes on where this one has not met its tolerance, from
@@ -199,8 +202,8 @@ class Optimistix(AbstractSteppingSolver):
             counts = Counts(gradients=count)
             if is_own:
                 counts = Counts(stats["num_gradients"], stats["num_hessian_products"])
-            rtol = self.solver.rtol if self.rtol is None else self.rtol
-            solution = measure(condition, x, x0, theta, rtol, self._atol(x), count, counts)
+            rtol, atol = self._rtol(x, is_own), self._atol(x)
+            solution = measure(condition, x, x0, theta, rtol, atol, count, counts)
             return solution, self._memory(carry)
         outcome = _outcome(result, stats)
         outcome = flag_kink(condition, x, x0, theta, stats["scale"], outcome)
@@ -213,6 +216,12 @@ class Optimistix(AbstractSteppingSolver):
             counts=Counts(stats["num_gradients"], stats["num_hessian_products"]),
         )
         return solution, self._memory(carry)
+
+    def _rtol(self, x: PyTree, is_own: bool) -> Any:
+        """What the residual may be relative to its terms; `solver.rtol` is of steps and values."""
+        if self.rtol is not None:
+            return self.rtol
+        return self.solver.rtol if is_own else jnp.maximum(self.solver.rtol, default_rtol(x))
 
     def _atol(self, x: PyTree) -> Any:
         """What the residual may be in the two-norm, `solver.atol` being in the solver's own."""

@@ -90,54 +90,18 @@ class Direct(AbstractIterativeLinearSolver):
         preconditioner: Callable[[PyTree], PyTree] | None = None,
     ) -> LinearSolution:
         del v0, preconditioner
-        size = tree_size(b)
-        scale, b, *_ = scaled_start(matvec, b, None)
+        return self.factorise(matvec, b).solve(b)
+
+    def factorise(self, matvec: Callable[[PyTree], PyTree], like: PyTree[Array]) -> "Factorised":
+        """What all systems with this matrix share; `like` is of the shape of a solution."""
+        size, dtype = tree_size(like), tree_dtype(like)
         if size == 0:
-            return _solution(b, jnp.zeros(()), jnp.zeros(()), 0, RESULTS.successful)
-        dtype, work = tree_dtype(b), working_dtype(b)
-        flat, columns = tree_to_flat(b).astype(work), dense_columns(matvec, b).astype(work)
+            return Factorised(self, matvec, None, jnp.array(True))
+        columns = dense_columns(matvec, like).astype(working_dtype(like))
         is_known = jnp.all(jnp.isfinite(columns))
-        is_finite = is_known & jnp.all(jnp.isfinite(flat))
-        # What b is has no part in the factorisation: one serves a batch of them.
         columns = jnp.where(is_known, columns, 0)
-        flat = jnp.where(is_finite, flat, 0)
         spectrum = in_turn(partial(self._spectrum, dtype=dtype), size)(columns)
-
-        def refined(spectrum: _Spectrum) -> Float[Array, " d"]:
-            first = spectrum.solve(flat)
-            product = tree_to_flat(matvec(flat_to_tree(first.astype(dtype), b)))
-            change = spectrum.solve(flat - product.astype(work))
-            # False also where the product is not a number.
-            is_better = jnp.sum(change**2) <= 0.25 * jnp.sum(first**2)
-            return first + jnp.where(is_better, change, 0)
-
-        value = refined(spectrum)
-        if self.minimum_norm:
-            # A regular matrix, whose answer is unique, is not to pay for the projections.
-            value = where_needed(
-                jnp.any(spectrum.is_zero),
-                lambda: refined(spectrum.with_projections(self.is_symmetric)),
-                value,
-            )
-
-        # Backward error: v solves a system that differs from this one by rounding.
-        missing = _norm(spectrum.outside(flat))
-        norm_b, norm_v = _norm(spectrum.rows * flat), _norm(value / spectrum.columns)
-        is_inside = missing <= spectrum.relative * norm_b + spectrum.threshold * norm_v
-        relative = missing / jnp.where(norm_b > 0, norm_b, 1)
-        tolerance = jnp.full_like(relative, default_rtol(b))
-        is_inside &= relative <= tolerance
-        if self.minimum_norm:
-            result = RESULTS.successful
-            tolerance = jnp.where(is_inside, tolerance, unbounded(tolerance))
-        else:
-            result = RESULTS.where(is_inside, RESULTS.successful, RESULTS.singular)
-        if not self.indefinite:
-            result = RESULTS.where(spectrum.is_negative, RESULTS.negative_curvature, result)
-        result = RESULTS.where(is_finite, result, RESULTS.nonfinite)
-        value = tree_scale(scale, flat_to_tree(value.astype(dtype), b))
-        relative, tolerance = relative.astype(dtype), tolerance.astype(dtype)
-        return _solution(value, relative, tolerance, size + 1, result)
+        return Factorised(self, matvec, spectrum, is_known)
 
     def _spectrum(self, columns: Float[Array, "d d"], dtype: Any) -> "_Spectrum":
         return (_eigenvalues if self.is_symmetric else _singular_values)(columns, dtype)
@@ -149,6 +113,77 @@ class Direct(AbstractIterativeLinearSolver):
 
     def assume_full_rank(self) -> bool:
         return not self.minimum_norm
+
+
+class Factorised(NamedTuple):
+    """A matrix, its spectrum, and what is solved with it."""
+
+    solver: Direct
+    matvec: Callable[[PyTree], PyTree]
+    spectrum: "_Spectrum | None"
+    is_known: Bool[Array, ""]
+
+    def solve(self, b: PyTree[Array]) -> LinearSolution:
+        """See `Direct`."""
+        solver, matvec, spectrum = self.solver, self.matvec, self.spectrum
+        scale, b, *_ = scaled_start(matvec, b, None)
+        if spectrum is None:
+            return _solution(b, jnp.zeros(()), jnp.zeros(()), 0, RESULTS.successful)
+        dtype, work = tree_dtype(b), working_dtype(b)
+        flat = tree_to_flat(b).astype(work)
+        # What b is has no part in the factorisation: one serves a batch of them.
+        is_finite = self.is_known & jnp.all(jnp.isfinite(flat))
+        flat = jnp.where(is_finite, flat, 0)
+
+        def refined(spectrum: _Spectrum) -> Float[Array, " d"]:
+            first = spectrum.solve(flat)
+            product = tree_to_flat(matvec(flat_to_tree(first.astype(dtype), b)))
+            change = spectrum.solve(flat - product.astype(work))
+            # False also where the product is not a number.
+            is_better = jnp.sum(change**2) <= 0.25 * jnp.sum(first**2)
+            return first + jnp.where(is_better, change, 0)
+
+        value = refined(spectrum)
+        if solver.minimum_norm:
+            # A regular matrix, whose answer is unique, is not to pay for the projections.
+            value = where_needed(
+                jnp.any(spectrum.is_zero),
+                lambda: refined(spectrum.with_projections(solver.is_symmetric)),
+                value,
+            )
+
+        # Backward error: v solves a system that differs from this one by rounding.
+        missing = _norm(spectrum.outside(flat))
+        norm_b, norm_v = _norm(spectrum.rows * flat), _norm(value / spectrum.columns)
+        is_inside = missing <= spectrum.relative * norm_b + spectrum.threshold * norm_v
+        relative = missing / jnp.where(norm_b > 0, norm_b, 1)
+        tolerance = jnp.full_like(relative, default_rtol(b))
+        is_inside &= relative <= tolerance
+        if solver.minimum_norm:
+            result = RESULTS.successful
+            tolerance = jnp.where(is_inside, tolerance, unbounded(tolerance))
+        else:
+            result = RESULTS.where(is_inside, RESULTS.successful, RESULTS.singular)
+        if not solver.indefinite:
+            result = RESULTS.where(spectrum.is_negative, RESULTS.negative_curvature, result)
+        result = RESULTS.where(is_finite, result, RESULTS.nonfinite)
+        value = tree_scale(scale, flat_to_tree(value.astype(dtype), b))
+        relative, tolerance = relative.astype(dtype), tolerance.astype(dtype)
+        return _solution(value, relative, tolerance, tree_size(b) + 1, result)
+
+    def relative_step(self, residual: PyTree[Array], x: PyTree[Array]) -> Scalar:
+        """`||A^+ r|| / ||x||` of a symmetric matrix, in the units in which its diagonal is one.
+
+        The length of the Newton step at `x` where the gradient is `r` and `A` the Hessian,
+        relative to `x`. The units of the variables do not matter.
+        """
+        spectrum = self.spectrum
+        if spectrum is None:
+            return jnp.zeros((), tree_dtype(residual))
+        work = spectrum.values.dtype
+        flat, x = (tree_to_flat(a).astype(work) for a in (residual, x))
+        step, size = _norm(spectrum.solve(flat) / spectrum.columns), _norm(x / spectrum.columns)
+        return (step / jnp.where(size > 0, size, 1)).astype(tree_dtype(residual))
 
 
 class _Spectrum(NamedTuple):
