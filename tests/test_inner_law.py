@@ -46,9 +46,8 @@ SOLVERS = {
 # Their methods are for the others.
 REFUSED = {("FixedPointIteration", c) for c in ("Minimum", "LeastSquares", "Root")}
 REFUSED |= {("Descent", c) for c in ("Root", "FixedPoint")}
-# The start, another problem's solution; and squares lose half of the digits.
+# The start, another problem's solution.
 FLAGGED = {("Given", c) for c in CONDITIONS} | {("Traceable", "LeastSquares")}
-FLAGGED |= {("NonlinearCG", "FixedPoint")}
 
 
 @pytest.mark.parametrize("condition_name", CONDITIONS)

@@ -55,7 +55,9 @@ class RESULTS(eqx.Module, metaclass=_Outcomes):
         "The inner solve did not converge: x is not a solution of the inner problem, so "
         "an implicit hypergradient taken there belongs to no problem. Give the inner "
         "solver more steps, loosen its tolerance, start nearer to the solution, or, if it "
-        "is stopped early on purpose, use Unrolled() or Implicit(inexact=True). A black box "
+        "is stopped early on purpose, use Unrolled() or Implicit(inexact=True). Where "
+        "inner_residual is below inner_tolerance, the Newton step from x is too long: x is "
+        "off in a soft direction or in a small variable; tighten the solver's rtol. A black box "
         "that stops on its objective leaves more than it says: take a more exact one, or say "
         "what is enough, bx.External(fn, rtol=1e-5)."
     )

@@ -6,7 +6,6 @@ returns is one of many, and its zero says nothing. What tells is the gradient on
 the jump of the gradient where a kink lies in between.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +23,7 @@ from .._tree import tree_axpy, tree_dtype, tree_norm, tree_scale
 # A jump of this part of the terms of a gradient is no rounding error, and moves x.
 _JUMP = 1e-3
 # How often a step is shortened, by eight.
-_SHORTER = 5
+_SHORTER = 4
 # Results of these have a kink in their operands; comparisons, where something is selected.
 _KINKED = frozenset(
     [
@@ -77,22 +76,23 @@ def flag_kink(
     is_objective = objective(condition) is not None
     if not (is_objective and may_have_kinks(lambda x: condition(x, theta), x)):
         return result
-    eps = float(jnp.finfo(tree_dtype(x)).eps)
-    step = step_across(tree_dtype(x))
-    times = min(_SHORTER, int(math.log(step / (16 * eps), 8)))
-    direction = tree_scale(step, not_zero(x, x0))
+    dtype = tree_dtype(x)
+    longest = step_across(dtype)
+    shortest = max(longest * 8.0**-_SHORTER, 16 * float(jnp.finfo(dtype).eps))
+    size = not_zero(x, x0)
 
     def is_open(state: tuple) -> Bool[Array, ""]:
-        return state[0] & (state[1] < times)
+        is_kink, step = state
+        return is_kink & (step >= shortest)
 
     def shorten(state: tuple) -> tuple:
-        _, k = state
-        d = tree_scale(8.0**-k, direction)
-        jump = jump_across(lambda x: condition.residual(x, theta), x, d)
+        _, step = state
+        direction = tree_scale(step, size)
+        jump = jump_across(lambda x: condition.residual(x, theta), x, direction)
         # False where the gradient is not a number: outside the domain nothing is known.
-        return (jump > _JUMP * scale) & (jump > 0), k + 1
+        return (jump > _JUMP * scale) & (jump > 0), step / 8
 
-    candidate = (result == RESULTS.successful, jnp.zeros((), jnp.int32))
+    candidate = (result == RESULTS.successful, jnp.asarray(longest, dtype))
     is_kink, _ = jax.lax.while_loop(is_open, shorten, candidate)
     return RESULTS.where(is_kink, RESULTS.not_smooth, result)
 
