@@ -83,6 +83,15 @@ def test_the_views_are_silent_on_a_healthy_problem(problem):
     assert solution.result == bx.RESULTS.successful
 
 
+def test_what_diagnoses_is_silent_on_a_healthy_problem():
+    """What was not seen is absent, and neither NaN nor infinite."""
+    many = bx.Bilevel(lambda x, t: jnp.sum((x - 1.0) ** 2 + jnp.exp(t) * x**2), target)
+    with jax.debug_nans(True), jax.debug_infs(True):
+        assert bx.recommend(QUADRATIC, X0, THETA, inner_solver=STEPS).rule is not None
+        check = bx.check(many, jnp.full(300, 0.5), jnp.zeros(()))
+        assert check.outcome == "successful"
+
+
 def test_switched_on_later_no_old_program_is_taken():
     bx.hypergradient(QUADRATIC, X0, THETA, rule=bx.Implicit(error_estimate=True))
     with jax.debug_infs(True):

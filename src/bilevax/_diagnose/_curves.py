@@ -7,7 +7,7 @@ from jaxtyping import Array, Int, PyTree
 from .._hypergradient._implicit import Implicit
 from .._hypergradient._unrolled import Unrolled
 from .._inner._base import AbstractSteppingSolver, InnerSolution, run
-from .._inner._external import Given
+from .._inner._external import wherever
 from .._linear import CG, GMRES
 from .._problem import AbstractCondition, Bilevel, start_at
 from .._tree import lean_jit, tree_dtype, tree_norm, tree_sub
@@ -52,7 +52,7 @@ class StoppedAfter(AbstractSteppingSolver):
     ) -> tuple[InnerSolution, PyTree]:
         carry, _ = run(self, condition, theta, self.start(condition, x0, theta, state))
         x, new_state = self.finish(condition, carry)
-        return Given(atol=jnp.inf).solve(condition, x, theta, None)[0], new_state
+        return wherever(x).solve(condition, x, theta, None)[0], new_state
 
 
 def error_curve(

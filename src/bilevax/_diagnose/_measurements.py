@@ -92,7 +92,8 @@ def newton_step(
     NaN where conjugate gradients (GMRES without symmetry) do not find it.
     """
     if matrix is None:
-        return float(_iterated_newton_step(problem, x, theta, residual))
+        length, is_good = _iterated_newton_step(problem, x, theta, residual)
+        return float(length) if is_good else float("nan")
     flat = [np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree_util.tree_leaves(residual)]
     if not (flat and np.all(np.isfinite(matrix))):
         return 0.0 if not flat else float("nan")
@@ -101,14 +102,16 @@ def newton_step(
 
 
 @lean_jit
-def _iterated_newton_step(problem: Bilevel, x: PyTree, theta: PyTree, residual: PyTree) -> Scalar:
+def _iterated_newton_step(
+    problem: Bilevel, x: PyTree, theta: PyTree, residual: PyTree
+) -> tuple[Scalar, Array]:
     _, matvec = jax.linearize(lambda x: problem.inner.residual(x, theta), x)
     is_symmetric = problem.inner.is_symmetric
     solver = CG() if is_symmetric else GMRES()
     step = solve_linear(solver, matvec, residual, is_symmetric=is_symmetric)
     # An estimate: one digit is enough, whatever the solver asked of itself.
     is_good = (step.result == RESULTS.successful) | (step.residual < 0.1)
-    return jnp.where(is_good, tree_norm(step.value), jnp.nan)
+    return tree_norm(step.value), is_good
 
 
 @lean_jit

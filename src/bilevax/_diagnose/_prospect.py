@@ -12,7 +12,7 @@ from .._hypergradient._budget import num_bytes
 from .._hypergradient._entry import hypergradient
 from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, residual_and_scale, run
 from .._inner._descent import Descent
-from .._inner._external import External, Given
+from .._inner._external import External, wherever
 from .._problem import Bilevel, start_at
 from .._tree import lean_jit, tree_norm, tree_sub
 from ._differences import gaussian
@@ -41,13 +41,13 @@ def look_at_inner(
         start = jax.tree_util.tree_map(jnp.asarray, solver.on_host(problem.inner, start, theta))
         solver = solver.as_given()
     looked = _inner(problem, solver, start, theta, gaussian(start, 1), gaussian(theta, 2))
-    x, residual, scale, num_steps, contraction, cross, direct, moved = looked
+    x, residual, scale, num_steps, shrunk, cross, direct, moved = looked
     numbers = [float(a) for a in (residual, scale, direct)]
     return Inner(
         x=x,
         relative_residual=float(residual) / float(scale) if float(scale) > 0 else float(residual),
         num_steps=int(num_steps),
-        contraction=float(contraction),
+        contraction=_contraction(*shrunk),
         cross_norm=float(cross),
         direct_norm=float(direct),
         moves_steps=bool(moved > 0),
@@ -67,7 +67,7 @@ def _inner(
 ) -> tuple:
     condition = problem.inner
     state = solver.init(condition, x0, theta)
-    moved, contraction = jnp.zeros(()), jnp.full((), jnp.nan)
+    moved, shrunk = jnp.zeros(()), (None, None, 0)
     if isinstance(solver, Descent):
         carry = solver.start(condition, x0, theta, state)
         half, num_half = run(solver, condition, theta, carry, solver.max_steps // 2)
@@ -75,7 +75,7 @@ def _inner(
         carry, num_rest = run(solver, condition, theta, half, rest)
         x, num_steps = solver.finish(condition, carry)[0], num_half + num_rest
         before = tree_norm(condition.residual(solver.finish(condition, half)[0], theta))
-        contraction = (tree_norm(condition.residual(x, theta)) / before) ** (1 / rest)
+        shrunk = (before, tree_norm(condition.residual(x, theta)), rest)
     else:
         solution, _ = solver.solve(condition, x0, theta, state)
         x, num_steps = solution.x, solution.num_steps
@@ -85,7 +85,14 @@ def _inner(
     _, cross = jax.vjp(lambda theta: condition.residual(x, theta), theta)
     cross_norm = tree_norm(cross(direction_x)[0]) / tree_norm(direction_x)
     direct = jax.grad(lambda theta: problem.outer_value(x, theta)[0])(theta)
-    return x, residual, scale, num_steps, contraction, cross_norm, tree_norm(direct), moved
+    return x, residual, scale, num_steps, shrunk, cross_norm, tree_norm(direct), moved
+
+
+def _contraction(before: Scalar | None, after: Scalar | None, num_steps: int) -> float:
+    """Of a residual in a step; NaN where it was not looked at, or zero before."""
+    if before is None or after is None or not float(before) > 0:
+        return float("nan")
+    return (float(after) / float(before)) ** (1 / int(num_steps))
 
 
 def _moved_by(
@@ -121,7 +128,7 @@ def look_at_gradient(
     problem: Bilevel, x: PyTree, theta: PyTree, rule: AbstractHypergradient
 ) -> Estimate:
     """The hypergradient of an implicit rule at `x`, whatever its residual."""
-    given = Given(atol=jnp.inf)
+    given = wherever(x)
     return hypergradient(problem, x, theta, inner_solver=given, rule=rule, throw=False)[0]
 
 

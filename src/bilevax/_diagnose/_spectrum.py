@@ -120,16 +120,15 @@ def _matrix(problem: Bilevel, x: PyTree, theta: PyTree) -> Float[Array, "d d"]:
 @lean_jit
 def _krylov(
     problem: Bilevel, x: PyTree, theta: PyTree, start: PyTree, num_steps: int
-) -> tuple[Array, ...]:
+) -> tuple[Array | None, ...]:
     """Lanczos of `A`, or of `A'A` without symmetry; norm and growth of a fixed point's map."""
     _, matvec = jax.linearize(lambda x: problem.inner.residual(x, theta), x)
-    nan = jnp.full((), jnp.nan)
     if problem.inner.is_symmetric:
-        return *tridiagonalise(matvec, start, num_steps), nan, nan
+        return *tridiagonalise(matvec, start, num_steps), None, None
     transpose = _transpose(matvec, x)
     normal = tridiagonalise(lambda v: transpose(matvec(v)), start, num_steps)
     if not isinstance(problem.inner, FixedPoint):
-        return *normal, nan, nan
+        return *normal, None, None
     # T' = I - A
     forward = lambda v: tree_sub(v, matvec(v))  # noqa: E731
     norm = largest_singular_value(forward, lambda v: tree_sub(v, transpose(v)), start)

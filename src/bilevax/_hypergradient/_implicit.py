@@ -196,7 +196,10 @@ class Implicit(AbstractHypergradient):
         x = inner.x
         # 2. v solves the adjoint system
         at, outer = linearise(condition, x, theta), outer_at(problem, x, theta)
-        memory, end = (state.linear, state.preconditioner), reached(at.residual, x, x0)
+        memory, end = (
+            (state.linear, state.preconditioner),
+            reached(at.residual, inner.tolerance, x, x0),
+        )
         adjoint, apply, memory = self._solve(
             at, outer.grad_x, state.v, condition, x, theta, inner_state, memory, True, end
         )
@@ -274,7 +277,7 @@ class Implicit(AbstractHypergradient):
         result = self.inner_result(inner.result)
         x = or_fail(inner.x, result, True) if throw else inner.x
         failed = None if throw else (result != RESULTS.successful)
-        x = self.attach(condition, theta, x, inner_state, throw, failed, x0)
+        x = self.attach(condition, theta, x, inner_state, throw, failed, (inner.tolerance, x0))
         return x if throw else or_fail(x, result, False)
 
     def attach(
@@ -285,11 +288,12 @@ class Implicit(AbstractHypergradient):
         inner_state: PyTree,
         throw: bool,
         failed: Bool[Array, ""] | None = None,
-        x0: PyTree | None = None,
+        found: tuple[Scalar, PyTree] | None = None,
     ) -> PyTree[Array]:
         """The solution `x`, with its derivative in theta and the arrays of `condition`.
 
-        With `x0`, from where it was found, the derivative fails where x is no solution.
+        With `found`, to what tolerance and from where, the derivative fails at an x that is
+        no solution.
         """
         args = (condition, theta, self.damping if self._is_damped else None, stop_gradient(x))
         undamped = dataclasses.replace(self, damping=0.0)
@@ -298,7 +302,7 @@ class Implicit(AbstractHypergradient):
             args,
             x,
             partial(_solve_at, throw=throw, may_choose=True),
-            (undamped, condition, x, theta, inner_state, x0),
+            (undamped, condition, x, theta, inner_state, found),
             condition.is_symmetric,
             failed,
         )
@@ -523,10 +527,13 @@ def _solve_at(
     turns: bool = False,
 ) -> PyTree:
     """Solve with `A` or, where `turns`, with its transpose; what is transposed, the other way."""
-    rule, condition, x, theta, inner_state, x0 = memory
+    rule, condition, x, theta, inner_state, found = memory
     cross = system.cross if may_choose else None
     is_transposed = system.is_transposed != turns
-    end = None if x0 is None else reached(condition.residual(x, theta), x, x0)
+    end = None
+    if found is not None:
+        tolerance, x0 = found
+        end = reached(condition.residual(x, theta), tolerance, x, x0)
     adjoint = rule.solve_adjoint(
         system.matvec,
         b,

@@ -93,7 +93,7 @@ def _jacobian(problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit) -> Jac
     bound, x, theta = prepare(problem, x, theta)
     inner, _ = Given().solve(bound.inner, x, theta, None)
     forward = tree_size(theta) <= tree_size(x)
-    value, systems = (_forward if forward else _reverse)(bound, x, theta, rule)
+    value, systems = (_forward if forward else _reverse)(bound, x, theta, rule, inner.tolerance)
     num_systems = systems.residual.shape[0]
     counts = inner.counts + Counts(hessian=jnp.sum(systems.num_products), cross=num_systems)
     return Jacobian(
@@ -107,11 +107,11 @@ def _jacobian(problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit) -> Jac
 
 
 def _forward(
-    problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit
+    problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit, tolerance: Scalar
 ) -> tuple[PyTree, LinearSolution]:
     """Columns: `A J_i = -B e_i`."""
     at = linearise(problem.inner, x, theta)
-    end = reached(at.residual, x, x)
+    end = reached(at.residual, tolerance, x, x)
 
     def solve(b: PyTree) -> LinearSolution:
         return rule.solve_adjoint(
@@ -125,11 +125,11 @@ def _forward(
 
 
 def _reverse(
-    problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit
+    problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit, tolerance: Scalar
 ) -> tuple[PyTree, LinearSolution]:
     """Rows: `A^T w_i = e_i`, and `-B^T w_i`."""
     at = linearise(problem.inner, x, theta)
-    end = reached(at.residual, x, x)
+    end = reached(at.residual, tolerance, x, x)
 
     def row(direction: PyTree) -> tuple[PyTree, LinearSolution]:
         solution = rule.solve_adjoint(

@@ -120,7 +120,7 @@ class MinimumNorm(AbstractHypergradient):
         at, outer = linearise(condition, x, theta), outer_at(problem, x, theta)
         is_small = tree_size(theta) <= self.max_tangents
         differentiate = _by_tangents if is_small else _by_adjoint
-        end = None if self.inexact else reached(at.residual, x, x0)
+        end = None if self.inexact else reached(at.residual, inner.tolerance, x, x0)
         grad, v, systems, is_consistent = differentiate(condition, at, outer, x, theta, end)
         is_finite = tree_all_finite((outer.value, grad))
         result = first_failure(

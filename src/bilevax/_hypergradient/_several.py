@@ -109,7 +109,7 @@ def _estimates(
     basis = jnp.eye(values.shape[0], dtype=values.dtype)
     grads_x, grads_theta = jax.vmap(pullback)(basis)
     at = linearise(condition, x, theta)
-    end = reached(at.residual, x, x0)
+    end = reached(at.residual, inner.tolerance, x, x0)
 
     def solve(b: PyTree) -> LinearSolution:
         return rule.solve_adjoint(

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import PyTree, Scalar
 
 from .._calls import naming
 from .._problem import AbstractCondition, restore
 from .._reach._tokens import OnHost
-from .._tree import is_traced
+from .._tree import is_traced, tree_dtype, unbounded
 from ._base import AbstractInnerSolver, Counts, InnerSolution, measure
 
 
@@ -28,7 +28,7 @@ class Given(AbstractInnerSolver):
     """
 
     rtol: float | None = None
-    atol: float | None = None
+    atol: float | Scalar | None = None
 
     def init(self, condition: AbstractCondition, x0: PyTree, theta: PyTree) -> None:
         del condition, x0, theta
@@ -38,6 +38,11 @@ class Given(AbstractInnerSolver):
     ) -> tuple[InnerSolution, None]:
         solution = measure(condition, x0, x0, theta, self.rtol, self.atol, 0, Counts())
         return solution, None
+
+
+def wherever(x: PyTree) -> Given:
+    """What takes an `x` as it is, whatever its residual."""
+    return Given(atol=unbounded(jnp.zeros((), tree_dtype(x))))
 
 
 class Traceable(AbstractInnerSolver):

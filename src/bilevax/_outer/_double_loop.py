@@ -17,7 +17,7 @@ from .._hypergradient._implicit import Implicit
 from .._hypergradient._minimum_norm import MinimumNorm
 from .._inner._base import AbstractInnerSolver
 from .._inner._default import as_inner_solver
-from .._inner._external import External, Given
+from .._inner._external import External, wherever
 from .._problem import Bilevel, is_start_function, start_at
 from .._tree import tree_norm, tree_where, tree_zeros_like
 from ._base import AbstractMethod, StepInfo
@@ -296,7 +296,7 @@ def _value_fn(
     problem: Bilevel, rule: AbstractHypergradient, x: PyTree
 ) -> Callable[[PyTree], Scalar]:
     """`L(x*(theta), theta)` at the theta of `x`, with all derivatives of an implicit rule."""
-    found = Given(atol=jnp.inf)  # the estimate has judged x already
+    found = wherever(x)  # the estimate has judged x already
 
     def value_fn(theta: PyTree) -> Scalar:
         solved = rule.solution(problem.inner, found, x, theta, throw=False)
