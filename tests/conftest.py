@@ -2,10 +2,12 @@
 
 import os
 
+from processes import quick_to_compile
+
+os.environ["XLA_FLAGS"] = quick_to_compile()
 # Before NumPy is imported. Several processes run the suite: one BLAS thread each, as two
-# that wait for each other stall for a whole time slice. (Flags that make XLA single-threaded
-# or compile with less optimisation, and a compilation cache for the session, gained nothing
-# when measured.)
+# that wait for each other stall for a whole time slice. (A single-threaded XLA and a
+# compilation cache for the session gained nothing when measured.)
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["MPLBACKEND"] = "Agg"

@@ -1,11 +1,11 @@
 """The benchmarks run: tiny sizes, no judgement of any time."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import as_users_have_it
 
 SCRIPTS = sorted((Path(__file__).parent.parent / "benchmarks").glob("[!_]*.py"))
 
@@ -19,7 +19,7 @@ def test_benchmark_prints_its_table(script):
         check=False,
         capture_output=True,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={**as_users_have_it(), "JAX_PLATFORMS": "cpu"},
     )
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]

@@ -3,12 +3,12 @@
 Each in a process of its own, because some switch float64 on before the first array is made.
 """
 
-import os
 import subprocess
 import sys
 
 import pytest
 from documents import ROOT
+from processes import as_users_have_it
 
 EXAMPLES = sorted((ROOT / "examples").glob("plot_*.py"))
 
@@ -18,7 +18,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("plot_*.py"))
 def test_example_runs(script, tmp_path):
     ran = subprocess.run(
         [sys.executable, "-W", "error::RuntimeWarning", str(script)],
-        env=os.environ | {"MPLBACKEND": "Agg"},
+        env=as_users_have_it(),
         cwd=tmp_path,
         capture_output=True,
         text=True,
