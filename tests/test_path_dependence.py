@@ -154,3 +154,15 @@ def test_a_root_by_steps():
 
 def test_other_rules_do_not_say():
     assert on_quadratic(bx.NewtonCG(), bx.Implicit()).is_bilevel is None
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [optx.NonlinearCG(**TIGHT), bx.LBFGS(), bx.Descent(optax.lbfgs(), num_steps=5)],
+    ids=["nonlinear cg", "LBFGS", "optax.lbfgs"],
+)
+def test_inside_other_programs_steps_that_build_on_each_other_are_warned_of(solver):
+    """Nothing is measured there."""
+    inner = bx.Minimum(lambda x, theta: jnp.sum((x - theta) ** 2))
+    with pytest.warns(UserWarning, match=r"Use bx\.Implicit"):
+        bx.argmin(inner, solver, rule=bx.Unrolled())(jnp.zeros(2), jnp.ones(2))

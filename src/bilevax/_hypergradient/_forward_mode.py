@@ -25,6 +25,7 @@ from ._agreement import convergence, judged
 from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
 from ._derivative import refuse_backward, unmoved
 from ._implicit import or_fail
+from ._remembering import warn_of_memory
 
 
 class ForwardMode(AbstractHypergradient):
@@ -141,6 +142,7 @@ class ForwardMode(AbstractHypergradient):
         throw: bool,
     ) -> PyTree[Array]:
         _check_stepping(inner_solver)
+        warn_of_memory(self, inner_solver, start_at(x0, theta))
 
         def solve(args: tuple) -> tuple[PyTree, None]:
             condition, solver, x0, theta = args
@@ -155,6 +157,7 @@ class ForwardMode(AbstractHypergradient):
         self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
     ) -> PyTree[Array]:
         del rewrite_fn, tags
+        warn_of_memory(self, inputs[1], inputs[2])
         if self.num_steps is not None:
             max_steps = self.num_steps if inputs[5] is None else min(inputs[5], self.num_steps)
             inputs = (*inputs[:5], max_steps, *inputs[6:])

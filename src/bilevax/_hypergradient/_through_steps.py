@@ -17,6 +17,7 @@ from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
 from ._implicit import or_fail
 from ._loops import differentiable_loops
 from ._probe import Probe, growth, largest_growth, new_probe, tap_end
+from ._remembering import warn_of_memory
 from ._scan import Checkpoints, repeat
 
 # x, the solver's state for the next solve, the steps taken, the steps differentiated
@@ -59,6 +60,7 @@ class AbstractThroughSteps(AbstractHypergradient):
         throw: bool,
     ) -> PyTree[Array]:
         stepping = self._check_stepping(inner_solver)
+        warn_of_memory(self, stepping, start_at(x0, theta))
         state = stepping.init(condition, start_at(x0, theta), theta)
         x, *_ = self.unroll(condition, stepping, x0, theta, state)
         result = RESULTS.where(tree_all_finite(x), RESULTS.successful, RESULTS.nonfinite)

@@ -21,6 +21,7 @@ from ._adaptive import repeat_until_negligible
 from ._agreement import LARGEST_ERROR, LARGEST_TRUNCATION
 from ._base import Estimate, HypergradientState, as_stats
 from ._probe import Probe, check_growth
+from ._remembering import warn_of_memory
 from ._scan import Checkpoints, check_checkpoints, num_checkpoints
 from ._through_steps import (
     AbstractThroughSteps,
@@ -105,6 +106,7 @@ class Truncated(AbstractThroughSteps):
     ) -> PyTree[Array]:
         del rewrite_fn, tags
         _check_every_step_moves(inputs[1])
+        warn_of_memory(self, inputs[1], inputs[2])
         num_last = self.num_steps
         if not isinstance(num_last, int):
             return primal_fn((*inputs, self._while_loop))

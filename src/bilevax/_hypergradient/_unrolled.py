@@ -14,6 +14,7 @@ from ._base import Estimate, HypergradientState, estimate_of
 from ._derivative import refuse_backward, refuse_derivative, unmoved
 from ._loops import differentiable_loops
 from ._probe import Probe, check_growth, tap
+from ._remembering import warn_of_memory
 from ._scan import Checkpoints, check_checkpoints, num_checkpoints
 from ._through_steps import AbstractThroughSteps, Unrolling, estimate_through, repeat_until_done
 
@@ -94,6 +95,7 @@ class Unrolled(AbstractThroughSteps):
     def apply(
         self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
     ) -> PyTree[Array]:
+        warn_of_memory(self, inputs[1], inputs[2])
         max_steps = inputs[5]
         if self.num_steps is not None:
             max_steps = self.num_steps if max_steps is None else min(max_steps, self.num_steps)

@@ -175,7 +175,7 @@ class Descent(AbstractSteppingSolver):
         optimizer_state = self._resumed(state, x0, theta)
         rtol = self.rtol
         if not self._has_tolerance:
-            if self.batches is not None or not _is_quasi_newton(optimizer_state):
+            if self.batches is not None or not is_quasi_newton(optimizer_state):
                 return x0, optimizer_state
             # Where only rounding is left of the gradient, the differences of which such an
             # optimiser learns are 0/0: it rests there, and so does the derivative of x.
@@ -277,7 +277,7 @@ class Descent(AbstractSteppingSolver):
         return optax.with_extra_args_support(optimizer)
 
 
-def _is_quasi_newton(optimizer_state: PyTree) -> bool:
+def is_quasi_newton(optimizer_state: PyTree) -> bool:
     """Whether part of an Optax state is the memory of L-BFGS."""
     kind = optax.ScaleByLBFGSState
     leaves = jax.tree_util.tree_leaves(optimizer_state, is_leaf=lambda s: isinstance(s, kind))
