@@ -57,3 +57,11 @@ def test_an_equation():
         throw=False,
     )
     np.testing.assert_allclose(float(estimate.grad), EXACT, rtol=0.1)
+
+
+@pytest.mark.filterwarnings("ignore")  # rounding stalls a step
+def test_a_run():
+    theta = jnp.ones((), "bfloat16")
+    solution = bx.solve(problem("bfloat16"), jnp.zeros(SIZE, "bfloat16"), theta, num_steps=2)
+    assert solution.theta.dtype == jnp.bfloat16
+    assert float(solution.theta) != 1

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from ._comparison import ErrorCurve, MeasuredRule, RuleComparison
@@ -20,7 +21,7 @@ def import_pyplot() -> Any:
 def plot_comparison(found: RuleComparison) -> Any:
     """Error against inner steps; error against time, the memory as the size of the points."""
     plt = import_pyplot()
-    floor = float(np.finfo(found.dtype).eps)  # below it is rounding; a logarithm has no zero
+    floor = float(jnp.finfo(found.dtype).eps)  # below it is rounding; a logarithm has no zero
     width = 14 if found.curve is not None else 7
     figure, axes = plt.subplots(
         1, 2 if found.curve is not None else 1, figsize=(width, 4.6), layout="constrained"

@@ -120,7 +120,7 @@ def direct_at(
     factorised = solver.factorise(matvec, end.size)
     is_far = factorised.relative_step(end.residual, end.size) > _FAR
     enough = _LOOSE * default_rtol(end.size) * factorised.size_of_product(end.size)
-    is_far &= end.tolerance <= enough
+    is_far &= end.tolerance.astype(enough.dtype) <= enough
 
     def solve(b: PyTree[Array]) -> LinearSolution:
         found = factorised.solve(b)

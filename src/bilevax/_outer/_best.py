@@ -97,7 +97,7 @@ def choose(
     if not is_usable:
         return top, top, result
     rise = values[-1] - values[0]
-    rounding = 10 * np.finfo(best.highest.dtype).eps * np.max(np.abs(values[[0, -1]]))
+    rounding = 10 * float(jnp.finfo(best.highest.dtype).eps) * np.max(np.abs(values[[0, -1]]))
     if not is_comparable and not best.is_random and rise > rounding:
         result = "not_improved"
     return last, top, result
