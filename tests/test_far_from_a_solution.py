@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimistix as optx
 import pytest
 
 import bilevax as bx
+from bilevax._hypergradient._adjoint import asked_of
 from bilevax._inner._default import as_inner_solver
 from bilevax._inner._explain import _is_kink
 
@@ -74,6 +76,29 @@ def test_who_stops_early_on_purpose_is_not_told():
     problem, x, theta = problem_and_point(0.5)
     for rule in (bx.Implicit(inexact=True), bx.MinimumNorm(inexact=True)):
         assert hypergradient(problem, x, theta, rule).result == "successful"
+
+
+@pytest.mark.parametrize("given", [bx.Given(rtol=1e-2), bx.Given(atol=1.0)])
+def test_who_asks_for_little_is_not_told(given):
+    problem, x, theta = problem_and_point(0.5)
+    estimate, _ = bx.hypergradient(problem, x, theta, inner_solver=given, throw=False)
+    assert estimate.result == "successful"
+
+
+@pytest.mark.parametrize(
+    ("solver", "rtol", "atol"),
+    [
+        (bx.Optimistix(optx.BFGS(1e-8, 1e-8)), 1e-6, 0),  # habit
+        (bx.Optimistix(optx.BFGS(1e-2, 1e-8)), 1e-2, 0),
+        (bx.Optimistix(optx.BFGS(1e-8, 1e-8), atol=1e-3), 1e-6, 1e-3),
+        (bx.Optimistix(bx.LBFGS(rtol=1e-3, atol=1e-2)), 1e-3, 1e-2),
+        (bx.External(lambda x, theta: x, rtol=1e-5), 1e-5, 0),
+        (bx.Given(), 1e-6, 0),
+    ],
+)
+def test_what_was_asked_for(solver, rtol, atol):
+    asked = asked_of(solver, jnp.ones(2))
+    np.testing.assert_allclose([asked.rtol, asked.atol], [rtol, atol])
 
 
 def test_solutions_that_are_zero_are_solutions():

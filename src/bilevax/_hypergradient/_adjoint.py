@@ -10,6 +10,8 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Int, PyTree, Scalar
 
+from .._inner._base import AbstractInnerSolver
+from .._inner._measured import AbstractMeasuredMinimiser
 from .._inner._own_scale import norm, own_magnitude
 from .._linear import (
     Direct,
@@ -20,7 +22,7 @@ from .._linear import (
 from .._linear._common import signs_like
 from .._linear._transposed import transposed
 from .._results import RESULTS, first_failure
-from .._tree import default_rtol, is_bounded, map_rows, tree_size, tree_sub
+from .._tree import default_rtol, is_bounded, map_rows, tree_size, tree_sub, working_dtype
 from ._linearise import Linearised
 
 # Up to this size evidence comes from a dense factorisation: it is exact, and its products
@@ -98,13 +100,38 @@ class Reached(NamedTuple):
     """Where an inner solve ended."""
 
     residual: PyTree[Array]
-    tolerance: Scalar  # what its norm had to be
     size: PyTree[Array]  # the magnitudes of x
+    asked: "Asked"
 
 
-def reached(residual: PyTree, tolerance: Scalar, x: PyTree, x0: PyTree) -> Reached:
+class Asked(NamedTuple):
+    """The accuracy that the user asked an inner solver for, in so many words."""
+
+    rtol: Array
+    atol: Array
+
+
+def asked_of(solver: Any, x: PyTree) -> Asked:
+    """Where nothing was said the default. The `atol` that other libraries want says nothing."""
+    inside = getattr(solver, "solver", None)
+    dtype = working_dtype(x)
+    rtol = jnp.asarray(default_rtol(x), dtype)
+    atol = jnp.zeros((), dtype)
+    for part in (solver, inside):
+        rtol = jnp.maximum(rtol, jnp.asarray(_number(part, "rtol"), dtype))
+        if isinstance(part, AbstractMeasuredMinimiser | AbstractInnerSolver):
+            atol = jnp.maximum(atol, jnp.asarray(_number(part, "atol"), dtype))
+    return Asked(rtol, atol)
+
+
+def _number(solver: Any, name: str) -> Any:
+    number = getattr(solver, name, None)
+    return 0.0 if number is None else number
+
+
+def reached(residual: PyTree, x: PyTree, x0: PyTree, asked: Asked) -> Reached:
     """What shows whether `x`, found from `x0`, is a solution."""
-    return Reached(residual, tolerance, own_magnitude(x, x0))
+    return Reached(residual, own_magnitude(x, x0), asked)
 
 
 def direct_at(
@@ -119,8 +146,9 @@ def direct_at(
     """
     factorised = solver.factorise(matvec, end.size)
     is_far = factorised.relative_step(end.residual, end.size) > _FAR
-    enough = _LOOSE * default_rtol(end.size) * factorised.size_of_product(end.size)
-    is_far &= end.tolerance.astype(enough.dtype) <= enough
+    loose = _LOOSE * default_rtol(end.size)
+    is_far &= end.asked.rtol <= loose
+    is_far &= end.asked.atol <= loose * factorised.size_of_product(end.size)
 
     def solve(b: PyTree[Array]) -> LinearSolution:
         found = factorised.solve(b)

@@ -38,7 +38,7 @@ from .._tree import (
     tree_zeros_like,
 )
 from ._accuracy import estimate_to_accuracy, first_tolerances
-from ._adjoint import Reached, direct_at, in_own_scale, reached
+from ._adjoint import Asked, Reached, asked_of, direct_at, in_own_scale, reached
 from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, estimate_of
 from ._derivative import with_derivative
 from ._evidence import damping_bias, dual_value, with_evidence
@@ -198,7 +198,7 @@ class Implicit(AbstractHypergradient):
         at, outer = linearise(condition, x, theta), outer_at(problem, x, theta)
         memory, end = (
             (state.linear, state.preconditioner),
-            reached(at.residual, inner.tolerance, x, x0),
+            reached(at.residual, x, x0, asked_of(inner_solver, x)),
         )
         adjoint, apply, memory = self._solve(
             at, outer.grad_x, state.v, condition, x, theta, inner_state, memory, True, end
@@ -277,7 +277,9 @@ class Implicit(AbstractHypergradient):
         result = self.inner_result(inner.result)
         x = or_fail(inner.x, result, True) if throw else inner.x
         failed = None if throw else (result != RESULTS.successful)
-        x = self.attach(condition, theta, x, inner_state, throw, failed, (inner.tolerance, x0))
+        x = self.attach(
+            condition, theta, x, inner_state, throw, failed, (asked_of(inner_solver, x0), x0)
+        )
         return x if throw else or_fail(x, result, False)
 
     def attach(
@@ -288,11 +290,11 @@ class Implicit(AbstractHypergradient):
         inner_state: PyTree,
         throw: bool,
         failed: Bool[Array, ""] | None = None,
-        found: tuple[Scalar, PyTree] | None = None,
+        found: tuple[Asked, PyTree] | None = None,
     ) -> PyTree[Array]:
         """The solution `x`, with its derivative in theta and the arrays of `condition`.
 
-        With `found`, to what tolerance and from where, the derivative fails at an x that is
+        With `found`, to what accuracy and from where, the derivative fails at an x that is
         no solution.
         """
         args = (condition, theta, self.damping if self._is_damped else None, stop_gradient(x))
@@ -532,8 +534,8 @@ def _solve_at(
     is_transposed = system.is_transposed != turns
     end = None
     if found is not None:
-        tolerance, x0 = found
-        end = reached(condition.residual(x, theta), tolerance, x, x0)
+        asked, x0 = found
+        end = reached(condition.residual(x, theta), x, x0, asked)
     adjoint = rule.solve_adjoint(
         system.matvec,
         b,

@@ -13,7 +13,7 @@ from .._linear import LinearSolution
 from .._problem import Bilevel, as_arrays, prepare
 from .._results import RESULTS, first_failure
 from .._tree import flat_to_tree, lean_jit, map_rows, tree_basis, tree_size
-from ._adjoint import first_of_batch, reached
+from ._adjoint import asked_of, first_of_batch, reached
 from ._base import as_stats
 from ._entry import check_types, raise_failure
 from ._implicit import Implicit
@@ -93,7 +93,7 @@ def _jacobian(problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit) -> Jac
     bound, x, theta = prepare(problem, x, theta)
     inner, _ = Given().solve(bound.inner, x, theta, None)
     forward = tree_size(theta) <= tree_size(x)
-    value, systems = (_forward if forward else _reverse)(bound, x, theta, rule, inner.tolerance)
+    value, systems = (_forward if forward else _reverse)(bound, x, theta, rule)
     num_systems = systems.residual.shape[0]
     counts = inner.counts + Counts(hessian=jnp.sum(systems.num_products), cross=num_systems)
     return Jacobian(
@@ -107,11 +107,11 @@ def _jacobian(problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit) -> Jac
 
 
 def _forward(
-    problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit, tolerance: Scalar
+    problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit
 ) -> tuple[PyTree, LinearSolution]:
     """Columns: `A J_i = -B e_i`."""
     at = linearise(problem.inner, x, theta)
-    end = reached(at.residual, tolerance, x, x)
+    end = reached(at.residual, x, x, asked_of(Given(), x))
 
     def solve(b: PyTree) -> LinearSolution:
         return rule.solve_adjoint(
@@ -125,11 +125,11 @@ def _forward(
 
 
 def _reverse(
-    problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit, tolerance: Scalar
+    problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit
 ) -> tuple[PyTree, LinearSolution]:
     """Rows: `A^T w_i = e_i`, and `-B^T w_i`."""
     at = linearise(problem.inner, x, theta)
-    end = reached(at.residual, tolerance, x, x)
+    end = reached(at.residual, x, x, asked_of(Given(), x))
 
     def row(direction: PyTree) -> tuple[PyTree, LinearSolution]:
         solution = rule.solve_adjoint(

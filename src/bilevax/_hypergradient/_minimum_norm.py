@@ -28,7 +28,15 @@ from .._tree import (
     tree_size,
     tree_sub,
 )
-from ._adjoint import DENSE_EVIDENCE, Reached, direct_at, first_of_batch, reached, strictest
+from ._adjoint import (
+    DENSE_EVIDENCE,
+    Reached,
+    asked_of,
+    direct_at,
+    first_of_batch,
+    reached,
+    strictest,
+)
 from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, estimate_of
 from ._derivative import refuse_derivative
 from ._evidence import dual_value
@@ -120,7 +128,7 @@ class MinimumNorm(AbstractHypergradient):
         at, outer = linearise(condition, x, theta), outer_at(problem, x, theta)
         is_small = tree_size(theta) <= self.max_tangents
         differentiate = _by_tangents if is_small else _by_adjoint
-        end = None if self.inexact else reached(at.residual, inner.tolerance, x, x0)
+        end = None if self.inexact else reached(at.residual, x, x0, asked_of(inner_solver, x))
         grad, v, systems, is_consistent = differentiate(condition, at, outer, x, theta, end)
         is_finite = tree_all_finite((outer.value, grad))
         result = first_failure(

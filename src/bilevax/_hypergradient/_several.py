@@ -22,7 +22,7 @@ from .._problem import (
 )
 from .._results import RESULTS, first_failure
 from .._tree import lean_jit, map_rows, tree_all_finite, tree_sub
-from ._adjoint import first_of_batch, reached, strictest
+from ._adjoint import asked_of, first_of_batch, reached, strictest
 from ._base import Estimate, as_stats
 from ._derivative import refuse_derivative
 from ._entry import check_types, raise_failure
@@ -109,7 +109,7 @@ def _estimates(
     basis = jnp.eye(values.shape[0], dtype=values.dtype)
     grads_x, grads_theta = jax.vmap(pullback)(basis)
     at = linearise(condition, x, theta)
-    end = reached(at.residual, inner.tolerance, x, x0)
+    end = reached(at.residual, x, x0, asked_of(solver, x))
 
     def solve(b: PyTree) -> LinearSolution:
         return rule.solve_adjoint(
