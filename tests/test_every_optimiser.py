@@ -165,7 +165,7 @@ def test_unrolled_equals_a_python_loop(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_every_optimiser_under_every_policy(name):
-    cases = {100: 3, 7: "all", 2: "sqrt", 1: 1}
+    cases = {100: 3, 2: "all"}
     for length, expected in zip(cases, reference(OPTIMISERS[name], tuple(cases)), strict=True):
         grad = unrolled(OPTIMISERS[name], length, cases[length]).grad
         assert relative_error(grad, expected) < 1e-12, length
