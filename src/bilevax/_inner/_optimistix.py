@@ -61,7 +61,7 @@ class Optimistix(AbstractSteppingSolver):
     - `solver`: the Optimistix solver.
     - `max_steps`: the most steps it may take.
     - `rtol`, `atol`: what the two-norm of the residual must meet, exactly as given; by
-        default the solver's `rtol`, but no less than 1e-6 in float64 and 1e-4 in float32,
+        default the solver's `rtol`, if not zero no less than 1e-6 in float64 and 1e-4 in float32,
         and its `atol`, translated from its own norm (the largest entry, for most) to the
         two-norm: times the root of the number of variables.
     - `options`: what Optimistix calls the options of a solver: `{"lower": 0.0, "upper":
@@ -221,7 +221,11 @@ class Optimistix(AbstractSteppingSolver):
         """What the residual may be relative to its terms; `solver.rtol` is of steps and values."""
         if self.rtol is not None:
             return self.rtol
-        return self.solver.rtol if is_own else jnp.maximum(self.solver.rtol, default_rtol(x))
+        if is_own:
+            return self.solver.rtol
+        rtol = jnp.asarray(self.solver.rtol)
+        # Zero is no habit: its user wants the absolute tolerance alone.
+        return jnp.where(rtol > 0, jnp.maximum(rtol, default_rtol(x)), 0)
 
     def _atol(self, x: PyTree) -> Any:
         """What the residual may be in the two-norm, `solver.atol` being in the solver's own."""
