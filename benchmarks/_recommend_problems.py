@@ -56,7 +56,7 @@ def all_cases(quick: bool) -> Iterator[Case]:
         root,
         singular,
     ]
-    for make in makers[:1] if quick else makers:
+    for make in makers[:: 10 if quick else 1]:
         yield make(shrink)
 
 

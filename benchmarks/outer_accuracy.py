@@ -39,8 +39,7 @@ def main() -> None:
         problem, run(problem, theta, methods()["OuterLBFGS, 1e-8"], 3 * num_steps)[0][-1]
     )
     rows, base = [], None
-    chosen = list(methods().items())[:: 3 if args.quick else 1]
-    for name, method in chosen:
+    for name, method in methods().items():
         thetas, solution, seconds = run(problem, theta, method, num_steps)
         calls = np.cumsum(
             solution.history.num_gradients

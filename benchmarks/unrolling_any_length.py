@@ -44,12 +44,12 @@ def main() -> None:
     print("Working memory of the compiled program, in carries (x and the optimiser's state) and")
     print("as a part of 4 sqrt(K) carries; CPU time relative to the derivative of a plain scan.\n")
     rounds = args.rounds or (1 if args.quick else 5)
-    if args.quick:
-        measure(least_squares(400, momentum=True), rounds)
-        return
-    measure(least_squares(100_000, momentum=False), rounds)
-    measure(least_squares(100_000, momentum=True), rounds)
-    measure(network(2_000, 128), rounds)
+    for case in (
+        least_squares(400 if args.quick else 100_000, momentum=False),
+        least_squares(400 if args.quick else 100_000, momentum=True),
+        network(20 if args.quick else 2_000, 8 if args.quick else 128),
+    ):
+        measure(case, rounds)
 
 
 def measure(case: Case, rounds: int) -> None:

@@ -2,8 +2,7 @@
 
 Each family draws problems as data of one function, so that a size compiles once for each
 solver. An answer is wrong if its outcome is successful and its relative error above
-`WRONG`; a false alarm is a flag on an answer that is right to `RIGHT`, the accuracy to which
-the inner problems are to be solved by default.
+`WRONG`; a false alarm is a flag on an answer that is right to `RIGHT`.
 """
 
 import sys
@@ -20,7 +19,7 @@ import optimistix as optx
 
 import bilevax as bx
 
-WRONG, RIGHT = 1e-2, 1e-6
+WRONG, RIGHT = 1e-2, 1e-4
 SOLVERS = {
     "default": None,
     "NewtonCG": bx.NewtonCG(dense=False),

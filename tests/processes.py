@@ -17,4 +17,4 @@ def quick_to_compile() -> str:
 def as_users_have_it() -> dict[str, str]:
     """The environment of a process that compiles as it does for users."""
     flags = os.environ.get("XLA_FLAGS", "").replace(QUICK_TO_COMPILE, "").strip()
-    return {**os.environ, "XLA_FLAGS": flags, "MPLBACKEND": "Agg"}
+    return {**os.environ, "XLA_FLAGS": flags}

@@ -24,7 +24,7 @@ def outer(x, theta, data):
     return jnp.sum((data["units"] * x) ** 2) + theta**2
 
 
-def problem_and_point(off, dtype=jnp.float64):
+def problem_and_point(off):
     """`x` that is a solution but for its part in the soft direction, `1 + off` times too large."""
     rng = np.random.default_rng(0)
     q, _ = np.linalg.qr(rng.normal(size=(4, 4)))
@@ -32,10 +32,10 @@ def problem_and_point(off, dtype=jnp.float64):
     units = 10.0 ** np.array([-6.0, 0.0, 3.0, 8.0])
     shift = q @ np.ones(4)
     data = {"A": (q * eigenvalues) @ q.T, "units": units, "shift": shift}
-    data = {name: jnp.asarray(a, dtype) for name, a in data.items()}
+    data = {name: jnp.asarray(a) for name, a in data.items()}
     x = (q @ np.array([1.0, 1.0, 1.0, 1 + off])) / units
     problem = bx.Bilevel(bent, outer, inner_data=data, outer_data=data)
-    return problem, jnp.asarray(x, dtype), jnp.asarray(1.0, dtype)
+    return problem, jnp.asarray(x), jnp.asarray(1.0)
 
 
 def hypergradient(problem, x, theta, rule):

@@ -95,7 +95,6 @@ class Unrolled(AbstractThroughSteps):
     def apply(
         self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
     ) -> PyTree[Array]:
-        warn_of_memory(self, inputs[1], inputs[2])
         max_steps = inputs[5]
         if self.num_steps is not None:
             max_steps = self.num_steps if max_steps is None else min(max_steps, self.num_steps)
@@ -104,6 +103,7 @@ class Unrolled(AbstractThroughSteps):
                 "To unroll a solve its number of steps must be bounded: pass max_steps=..., or "
                 "Unrolled(num_steps=...)."
             )
+        warn_of_memory(self, inputs[1], inputs[2])
         loop = partial(_while_loop, checkpoints=self.checkpoints)
         return primal_fn((*inputs[:5], max_steps, *inputs[6:], loop))
 
