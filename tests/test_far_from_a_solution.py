@@ -7,7 +7,7 @@ import optimistix as optx
 import pytest
 
 import bilevax as bx
-from bilevax._hypergradient._adjoint import asked_of
+from bilevax._inner._asked import asked_of
 from bilevax._inner._default import as_inner_solver
 from bilevax._inner._explain import _is_kink
 

@@ -128,8 +128,7 @@ def look_at_gradient(
     problem: Bilevel, x: PyTree, theta: PyTree, rule: AbstractHypergradient
 ) -> Estimate:
     """The hypergradient of an implicit rule at `x`, whatever its residual."""
-    given = wherever(x)
-    return hypergradient(problem, x, theta, inner_solver=given, rule=rule, throw=False)[0]
+    return hypergradient(problem, x, theta, inner_solver=wherever(x), rule=rule, throw=False)[0]
 
 
 def relative_difference(a: PyTree, b: PyTree) -> float:

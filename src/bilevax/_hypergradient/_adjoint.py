@@ -10,8 +10,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Int, PyTree, Scalar
 
-from .._inner._base import AbstractInnerSolver
-from .._inner._measured import AbstractMeasuredMinimiser
+from .._inner._asked import Asked
 from .._inner._own_scale import norm, own_magnitude
 from .._linear import (
     Direct,
@@ -22,7 +21,7 @@ from .._linear import (
 from .._linear._common import signs_like
 from .._linear._transposed import transposed
 from .._results import RESULTS, first_failure
-from .._tree import default_rtol, is_bounded, map_rows, tree_size, tree_sub, working_dtype
+from .._tree import default_rtol, is_bounded, map_rows, tree_size, tree_sub
 from ._linearise import Linearised
 
 # Up to this size evidence comes from a dense factorisation: it is exact, and its products
@@ -101,32 +100,7 @@ class Reached(NamedTuple):
 
     residual: PyTree[Array]
     size: PyTree[Array]  # the magnitudes of x
-    asked: "Asked"
-
-
-class Asked(NamedTuple):
-    """The accuracy that the user asked an inner solver for, in so many words."""
-
-    rtol: Array
-    atol: Array
-
-
-def asked_of(solver: Any, x: PyTree) -> Asked:
-    """Where nothing was said the default. The `atol` that other libraries want says nothing."""
-    inside = getattr(solver, "solver", None)
-    dtype = working_dtype(x)
-    rtol = jnp.asarray(default_rtol(x), dtype)
-    atol = jnp.zeros((), dtype)
-    for part in (solver, inside):
-        rtol = jnp.maximum(rtol, jnp.asarray(_number(part, "rtol"), dtype))
-        if isinstance(part, AbstractMeasuredMinimiser | AbstractInnerSolver):
-            atol = jnp.maximum(atol, jnp.asarray(_number(part, "atol"), dtype))
-    return Asked(rtol, atol)
-
-
-def _number(solver: Any, name: str) -> Any:
-    number = getattr(solver, name, None)
-    return 0.0 if number is None else number
+    asked: Asked
 
 
 def reached(residual: PyTree, x: PyTree, x0: PyTree, asked: Asked) -> Reached:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree, Scalar
 
+from .._inner._asked import asked_of
 from .._inner._base import Counts, measure
 from .._linear import CG, GMRES, solve_linear, verify
 from .._linear._common import signs_like
@@ -53,11 +54,7 @@ def convergence(
     its derivative; steps that converge superlinearly the square root. Three and ten are
     for the constants.
     """
-    asked = [getattr(s, "rtol", None) for s in (solver, getattr(solver, "solver", None))]
-    rtol = jnp.asarray(default_rtol(x), tree_dtype(x))
-    for number in asked:
-        if number is not None:
-            rtol = jnp.maximum(rtol, jnp.asarray(number, rtol.dtype))
+    rtol = asked_of(solver, x).rtol.astype(tree_dtype(x))
     seen = measure(condition, x, x0, theta, rtol, None, 0, Counts())
     is_solution = (seen.result == RESULTS.successful) | (seen.result == RESULTS.stalled)
     reached = rtol * seen.residual / jnp.where(seen.tolerance > 0, seen.tolerance, 1)

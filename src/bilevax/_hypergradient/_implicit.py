@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, PyTree, Scalar
 
+from .._inner._asked import Asked, asked_of
 from .._inner._base import AbstractInnerSolver, Counts
 from .._linear import (
     DIRECT_SIZE,
@@ -38,7 +39,7 @@ from .._tree import (
     tree_zeros_like,
 )
 from ._accuracy import estimate_to_accuracy, first_tolerances
-from ._adjoint import Asked, Reached, asked_of, direct_at, in_own_scale, reached
+from ._adjoint import Reached, direct_at, in_own_scale, reached
 from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, estimate_of
 from ._derivative import with_derivative
 from ._evidence import damping_bias, dual_value, with_evidence

@@ -9,6 +9,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Bool, PyTree, Scalar
 
+from .._inner._asked import asked_of
 from .._inner._base import AbstractInnerSolver, Counts
 from .._linear import Direct, LinearSolution, default_linear_solver, solve_linear, verify
 from .._linear._common import check_count, signs_like
@@ -31,7 +32,6 @@ from .._tree import (
 from ._adjoint import (
     DENSE_EVIDENCE,
     Reached,
-    asked_of,
     direct_at,
     first_of_batch,
     reached,

@@ -9,7 +9,6 @@ from jaxtyping import PyTree
 
 from .._inner._descent import Descent, is_quasi_newton
 from .._inner._lbfgs import LBFGS
-from .._inner._optimistix import Optimistix
 
 _REMEMBERING = (optx.AbstractQuasiNewton, optx.NonlinearCG, LBFGS)
 
@@ -20,7 +19,8 @@ def warn_of_memory(rule: Any, solver: Any, x0: PyTree) -> None:
     An estimate is compared with the equation of the solution; a derivative inside another
     program is not.
     """
-    solver = solver.solver if isinstance(solver, Optimistix) else solver
+    while hasattr(solver, "solver"):  # of adapters
+        solver = solver.solver
     if isinstance(solver, Descent):
         remembers = hasattr(solver.optimizer, "init") and is_quasi_newton(
             jax.eval_shape(solver.optimizer.init, x0)
@@ -28,7 +28,7 @@ def warn_of_memory(rule: Any, solver: Any, x0: PyTree) -> None:
     elif isinstance(solver, optx.OptaxMinimiser):
         remembers = is_quasi_newton(jax.eval_shape(solver.optim.init, x0))
     else:
-        remembers = isinstance(getattr(solver, "solver", solver), _REMEMBERING)
+        remembers = isinstance(solver, _REMEMBERING)
     if remembers:
         warnings.warn(
             f"bx.{type(rule).__name__} differentiates the steps of {type(solver).__name__}, "

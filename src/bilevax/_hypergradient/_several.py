@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from .._inner._asked import asked_of
 from .._inner._base import Counts
 from .._inner._default import as_inner_solver
 from .._linear import LinearSolution
@@ -22,7 +23,7 @@ from .._problem import (
 )
 from .._results import RESULTS, first_failure
 from .._tree import lean_jit, map_rows, tree_all_finite, tree_sub
-from ._adjoint import asked_of, first_of_batch, reached, strictest
+from ._adjoint import first_of_batch, reached, strictest
 from ._base import Estimate, as_stats
 from ._derivative import refuse_derivative
 from ._entry import check_types, raise_failure

@@ -60,8 +60,9 @@ class AbstractThroughSteps(AbstractHypergradient):
         throw: bool,
     ) -> PyTree[Array]:
         stepping = self._check_stepping(inner_solver)
-        warn_of_memory(self, stepping, start_at(x0, theta))
-        state = stepping.init(condition, start_at(x0, theta), theta)
+        start = start_at(x0, theta)
+        warn_of_memory(self, stepping, start)
+        state = stepping.init(condition, start, theta)
         x, *_ = self.unroll(condition, stepping, x0, theta, state)
         result = RESULTS.where(tree_all_finite(x), RESULTS.successful, RESULTS.nonfinite)
         return or_fail(x, result, throw) if throw else x

@@ -96,12 +96,12 @@ class Direct(AbstractIterativeLinearSolver):
         """What all systems with this matrix share; `like` is of the shape of a solution."""
         size, dtype = tree_size(like), tree_dtype(like)
         if size == 0:
-            return Factorised(self, matvec, None, None, jnp.array(True))
+            return Factorised(self, matvec, None, jnp.array(True))
         columns = dense_columns(matvec, like).astype(working_dtype(like))
         is_known = jnp.all(jnp.isfinite(columns))
         columns = jnp.where(is_known, columns, 0)
         spectrum = in_turn(partial(self._spectrum, dtype=dtype), size)(columns)
-        return Factorised(self, matvec, columns, spectrum, is_known)
+        return Factorised(self, matvec, spectrum, is_known)
 
     def _spectrum(self, columns: Float[Array, "d d"], dtype: Any) -> "_Spectrum":
         return (_eigenvalues if self.is_symmetric else _singular_values)(columns, dtype)
@@ -120,8 +120,7 @@ class Factorised(NamedTuple):
 
     solver: Direct
     matvec: Callable[[PyTree], PyTree]
-    columns: Float[Array, "d d"] | None  # none of no variables
-    spectrum: "_Spectrum | None"
+    spectrum: "_Spectrum | None"  # none of no variables
     is_known: Bool[Array, ""]
 
     def solve(self, b: PyTree[Array]) -> LinearSolution:
@@ -187,10 +186,11 @@ class Factorised(NamedTuple):
 
     def size_of_product(self, x: PyTree[Array]) -> Scalar:
         """`||A x||` of a symmetric matrix."""
-        work = working_dtype(x)
-        if self.columns is None:
+        spectrum, work = self.spectrum, working_dtype(x)
+        if spectrum is None:
             return jnp.zeros((), work)
-        return _norm(self.columns @ tree_to_flat(x).astype(work))
+        inside = (tree_to_flat(x).astype(work) / spectrum.columns) @ spectrum.right
+        return _norm(spectrum.left @ (spectrum.values * inside) / spectrum.rows)
 
 
 class _Spectrum(NamedTuple):
