@@ -197,10 +197,8 @@ class Implicit(AbstractHypergradient):
         x = inner.x
         # 2. v solves the adjoint system
         at, outer = linearise(condition, x, theta), outer_at(problem, x, theta)
-        memory, end = (
-            (state.linear, state.preconditioner),
-            reached(at.residual, x, x0, asked_of(inner_solver, x)),
-        )
+        memory = (state.linear, state.preconditioner)
+        end = reached(at.residual, x, x0, asked_of(inner_solver, x))
         adjoint, apply, memory = self._solve(
             at, outer.grad_x, state.v, condition, x, theta, inner_state, memory, True, end
         )
@@ -278,9 +276,8 @@ class Implicit(AbstractHypergradient):
         result = self.inner_result(inner.result)
         x = or_fail(inner.x, result, True) if throw else inner.x
         failed = None if throw else (result != RESULTS.successful)
-        x = self.attach(
-            condition, theta, x, inner_state, throw, failed, (asked_of(inner_solver, x0), x0)
-        )
+        found = (asked_of(inner_solver, x0), x0)
+        x = self.attach(condition, theta, x, inner_state, throw, failed, found)
         return x if throw else or_fail(x, result, False)
 
     def attach(
