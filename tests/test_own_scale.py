@@ -206,7 +206,9 @@ def test_which_functions_have_kinks():
     x, mask = jnp.ones(3), jnp.array([True, False, True])
     smooth = [
         lambda x: jnp.sum(jax.nn.softplus(x)),
+        lambda x: jnp.mean(jnp.logaddexp(0.0, -2 * x)),
         lambda x: jnp.sum(jax.nn.log_softmax(x)),
+        lambda x: jnp.sum(jax.nn.log_sigmoid(x)),
         lambda x: jnp.sum(jnp.where(mask, x, 0.0)),
         lambda x: jnp.max(jnp.arange(3.0)) * jnp.sum(x**2),
         lambda x: x[jnp.array([0, 1])].sum() + jnp.var(x),

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import equinox as eqx
@@ -254,12 +255,9 @@ def lean_jit(fn: Callable, *, donate_first: bool = False, lift: Callable | None 
         num_donated = 0
         if donate_first:
             num_donated = sum(eqx.is_array(leaf) for leaf in jtu.tree_leaves(args[0]))
-        if program.state:
-            with tracing_context(program.state):
-                arrays_out, rest = program.compiled(arrays[:num_donated], arrays[num_donated:])
-        else:
+        with tracing_context(program.state) if program.state else nullcontext():
             arrays_out, rest = program.compiled(arrays[:num_donated], arrays[num_donated:])
-        return eqx.combine(arrays_out, rest.value)
+        return rest.filled(arrays_out)
 
     def num_compilations() -> int:
         sizes = [p.compiled._cache_size() for p in programs.values()]  # type: ignore[attr-defined]
@@ -284,10 +282,10 @@ class _Program:
         def flat_fn(donated: list[Array], kept: list[Array]) -> Any:
             arrays = iter([*donated, *kept])
             leaves = [next(arrays) if leaf is ARRAY else leaf for leaf in static]
-            out = fn(*jtu.tree_unflatten(treedef, leaves))
+            out, structure = jtu.tree_flatten(fn(*jtu.tree_unflatten(treedef, leaves)))
             self.reached.forget_changes()
-            arrays_out, rest = eqx.partition(out, eqx.is_array)
-            return arrays_out, _Static(rest)
+            rest = tuple(ARRAY if eqx.is_array(leaf) else leaf for leaf in out)
+            return [leaf for leaf in out if eqx.is_array(leaf)], _Static(structure, rest)
 
         self.state = state
         self.compiled = jax.jit(flat_fn, donate_argnums=0 if donate else ())
@@ -297,9 +295,14 @@ class _Program:
 class _Static:
     """Carries what is not an array out of a jitted function."""
 
-    def __init__(self, value: PyTree) -> None:
-        self.value = value
-        self._key = tuple(jtu.tree_leaves(value)), jtu.tree_structure(value)
+    def __init__(self, structure: Any, leaves: tuple) -> None:
+        self._key = structure, leaves
+
+    def filled(self, arrays: list[Array]) -> PyTree:
+        """With the arrays put back."""
+        structure, leaves = self._key
+        rest = iter(arrays)
+        return structure.unflatten([next(rest) if leaf is ARRAY else leaf for leaf in leaves])
 
     def __hash__(self) -> int:
         return hash(self._key)

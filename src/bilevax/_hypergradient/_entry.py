@@ -39,6 +39,9 @@ from ._minimum_norm import MinimumNorm
 from ._sharded import by_device
 from ._structure import warn_of_structure
 
+# Made once: making an Equinox module takes longer than many a hypergradient.
+_DEFAULT = Implicit()
+
 
 def hypergradient(
     problem: Bilevel,
@@ -94,7 +97,7 @@ def hypergradient(
         ```
     """
     check_types(problem, rule)
-    rule = Implicit() if rule is None else rule
+    rule = _DEFAULT if rule is None else rule
     x0 = start_as_arrays(x0)
     theta = as_arrays(theta)
 
@@ -154,20 +157,24 @@ class EstimateAndState(NamedTuple):
 
 def is_unexplained(result: RESULTS) -> bool:
     """Whether the inner solve failed in a way that `explained` may name more exactly."""
-    if result.is_traced():
-        return False
-    return _is(result, RESULTS.inner_not_converged) or _is(result, RESULTS.stalled)
+    return _is(result, RESULTS.inner_not_converged, RESULTS.stalled)
 
 
 def is_singular(rule: AbstractHypergradient, result: RESULTS) -> bool:
     """Whether `MinimumNorm` is to take over from the rule, which found a singular system."""
     may_change = isinstance(rule, Implicit) and rule.is_default
-    return may_change and not result.is_traced() and _is(result, RESULTS.singular)
+    return may_change and _is(result, RESULTS.singular)
 
 
-def _is(result: RESULTS, outcome: RESULTS) -> bool:
-    # NumPy: the eager comparison of two outcomes would be compiled first.
-    return bool(np.all(np.asarray(result.index) == outcome.index))
+def _is(result: RESULTS, *outcomes: RESULTS) -> bool:
+    """Whether the outcome is known already and is one of these.
+
+    By NumPy, because the eager comparison of two outcomes would be compiled first.
+    """
+    if isinstance(result.index, jax.core.Tracer):
+        return False
+    index = np.asarray(result.index)
+    return any(bool(np.all(index == outcome.index)) for outcome in outcomes)
 
 
 def argmin(
@@ -218,7 +225,7 @@ def argmin(
     condition = inner if isinstance(inner, AbstractCondition) else Minimum(inner)
     problem = Bilevel(condition, _no_outer)
     check_types(problem, rule)
-    differentiate = Implicit() if rule is None else rule
+    differentiate = _DEFAULT if rule is None else rule
 
     def x_star(x0: PyTree, theta: PyTree) -> PyTree:
         x0 = start_as_arrays(x0)
@@ -272,11 +279,11 @@ def raise_failure(estimate: Any) -> Any:
     when the compiled program meets it.
     """
     result = estimate.result
+    if _is(result, RESULTS.successful):
+        return estimate
     if result.is_traced():
         with unwrapped():
             return error_if(estimate, result, result != RESULTS.successful)
-    if _is(result, RESULTS.successful):
-        return estimate
     numbers = f"inner residual {float(estimate.inner_residual):.2e}"
     if estimate.inner_tolerance is not None:
         numbers += f" (tolerance {float(estimate.inner_tolerance):.2e})"

@@ -156,15 +156,23 @@ def _through(equation: Any, inputs: list[_Trace]) -> list[_Trace]:
     is_nan_test = name == "ne" and len(set(map(id, equation.invars))) == 1
     if not depends or is_nan_test or name in {"stop_gradient", "is_finite"}:
         return [(False, False)] * num
-    if params.get("name") in _SMOOTH:
-        return [(True, kinked)] * num
     parts = [part for value in params.values() for part in _parts(value)]
+    if _called(params, parts) in _SMOOTH:
+        return [(True, kinked)] * num
     if len(parts) == 1 and name not in _LOOPS and len(parts[0].in_avals) == len(inputs):
         return _follow(parts[0], inputs)
     # Of a loop or a branch every operand counts as one that depends on x.
     inside = [_follow(part, [(True, False)] * len(part.in_avals)) for part in parts]
     kinked |= any(k for results in inside for _, k in results)
     return [(True, kinked or name in _KINKED)] * num
+
+
+def _called(params: dict[str, Any], parts: list[ClosedJaxpr]) -> str | None:
+    """The name of the function that an equation calls, if it calls one."""
+    if "name" in params or len(parts) != 1:
+        return params.get("name")
+    # One with a derivative rule of its own: its name is kept for debugging only.
+    return getattr(getattr(parts[0].jaxpr, "debug_info", None), "func_name", None)
 
 
 def _parts(value: Any) -> list[ClosedJaxpr]:

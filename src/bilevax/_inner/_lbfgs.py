@@ -161,12 +161,10 @@ class LBFGS(AbstractMeasuredMinimiser):
         z = own_magnitude(new_y, state.y0)
         is_measured = state.is_first | is_over | (accept & (residual <= state.tolerance))
 
-        def hessian_product(z: PyTree) -> PyTree:
-            return jax.jvp(lambda y: evaluate(y)[0], (new_y,), (z,))[1]
-
         def measured() -> Compared:
+            _, product = jax.linearize(lambda y: evaluate(y)[0], new_y)
             return compare(
-                gradient, hessian_product, z, lambda scale: residual <= self.tolerance(y, scale)
+                gradient, product, z, lambda scale: residual <= self.tolerance(y, scale)
             )
 
         none = Compared(state.scale, state.scale, jnp.zeros((), jnp.int32))

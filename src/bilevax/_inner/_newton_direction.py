@@ -79,13 +79,16 @@ def dense_newton(
     gradient: PyTree[Array],
     z: PyTree[Array],
     rtol: Scalar | float,
+    plain: Scalar,
+    may_be_done: Bool[Array, ""],
     is_needed: Bool[Array, ""],
 ) -> DenseNewton:
     """The Hessian column by column, and Cholesky; as many products as variables.
 
     The matrix is known here, so that the accuracy of the point is, too: the Newton step,
     entry by entry, over the variable it moves. Where the gradient is nothing but
-    rounding errors no more can be had, and a hundredth of every variable will do.
+    rounding errors no more can be had, and a hundredth of every variable will do. That is
+    looked at only where the point `may_be_done`, compared with `plain`, `||H z||`.
     """
     size, dtype, work = tree_size(gradient), tree_dtype(gradient), working_dtype(gradient)
 
@@ -94,7 +97,10 @@ def dense_newton(
         g, magnitude = (tree_to_flat(a).astype(work) for a in (gradient, z))
         step = in_turn(_step, size)(columns, -g)
         fixed = jax.lax.stop_gradient((columns, g, magnitude, step))
-        return step.astype(dtype), _compared_with(*fixed, rtol).astype(dtype)
+        scale = jax.lax.cond(
+            may_be_done, lambda: _compared_with(*fixed, rtol).astype(dtype), lambda: plain
+        )
+        return step.astype(dtype), scale
 
     nothing = jnp.zeros(size, dtype), jnp.zeros((), dtype)
     step, scale = jax.lax.cond(is_needed, solve, lambda: nothing)

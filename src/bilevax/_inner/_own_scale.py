@@ -61,21 +61,26 @@ def compare(
     gradient, rows = jax.lax.stop_gradient((gradient, product(z)))
     plain = norm(rows)
 
-    def compared(rows: PyTree) -> Scalar:
+    def by_rows(rows: PyTree) -> Scalar:
         return norm_over_error(gradient, plain, root_mean_square(gradient, rows))
 
     def with_weights() -> Scalar:
         weighted = product(_weighted(z))
         # The larger of both and not the root of their squares, which overflow in float32.
-        return compared(tree_larger(rows, jax.lax.stop_gradient(weighted)))
+        return by_rows(tree_larger(rows, jax.lax.stop_gradient(weighted)))
 
     if is_enough is None:
         return Compared(with_weights(), plain, jnp.asarray(2, jnp.int32))
-    is_open = is_enough(plain) & ~is_enough(compared(rows))
-    scale = jax.lax.cond(is_open, with_weights, lambda: plain)
-    # One number that does not depend on how the rest of a gradient happens to be distributed.
-    scale = jnp.where(is_enough(scale), plain, scale)
-    return Compared(scale, plain, 1 + is_open.astype(jnp.int32))
+
+    def row_by_row() -> tuple[Scalar, Int[Array, ""]]:
+        is_open = ~is_enough(by_rows(rows))
+        scale = jax.lax.cond(is_open, with_weights, lambda: plain)
+        # One number that does not depend on how the rest of a gradient is distributed.
+        return jnp.where(is_enough(scale), plain, scale), 1 + is_open.astype(jnp.int32)
+
+    one = jnp.asarray(1, jnp.int32)
+    scale, num_products = jax.lax.cond(is_enough(plain), row_by_row, lambda: (plain, one))
+    return Compared(scale, plain, num_products)
 
 
 def _weighted(z: PyTree[Array]) -> PyTree[Array]:
