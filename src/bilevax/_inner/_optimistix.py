@@ -59,7 +59,8 @@ class Optimistix(AbstractSteppingSolver):
     **Arguments:**
 
     - `solver`: the Optimistix solver.
-    - `max_steps`: the most steps it may take.
+    - `max_steps`: the most steps it may take; by default 1,000, of `bx.LBFGS`, whose steps
+        cost a gradient each, 5,000.
     - `rtol`, `atol`: what the two-norm of the residual must meet, exactly as given; by
         default the solver's `rtol`, if not zero no less than 1e-6 in float64 and 1e-4 in float32,
         and its `atol`, translated from its own norm (the largest entry, for most) to the
@@ -94,7 +95,7 @@ class Optimistix(AbstractSteppingSolver):
     def __init__(
         self,
         solver: optx.AbstractIterativeSolver,
-        max_steps: int = 1_000,
+        max_steps: int | None = None,
         *,
         rtol: float | None = None,
         atol: float | None = None,
@@ -106,6 +107,8 @@ class Optimistix(AbstractSteppingSolver):
                 "`Optimistix` wraps a solver of Optimistix such as optx.BFGS(...); got "
                 f"{type(solver).__name__}."
             )
+        if max_steps is None:
+            max_steps = _MAX_CHEAP_STEPS if isinstance(solver, LBFGS) else _MAX_STEPS
         check_positive(max_steps, "max_steps")
         self.solver = solver
         self.max_steps = max_steps
@@ -165,7 +168,8 @@ class Optimistix(AbstractSteppingSolver):
         fn, args = self._problem(condition, x, theta)
         state = eqx.combine(dynamic, static.value)
         y, options = self._working(x), self.options
-        new_y, new_state, _ = self.solver.step(fn, y, args, options, state, _TAGS)
+        solver = self._stricter(condition, x)
+        new_y, new_state, _ = solver.step(fn, y, args, options, state, _TAGS)
         if isinstance(self.solver, optx.NelderMead):
             new_y, new_state = ranked(new_state)
         done, result = self.solver.terminate(fn, y, args, options, new_state, _TAGS)
@@ -216,6 +220,17 @@ class Optimistix(AbstractSteppingSolver):
             counts=Counts(stats["num_gradients"], stats["num_hessian_products"]),
         )
         return solution, self._memory(carry)
+
+    def _stricter(self, condition: AbstractCondition, x: PyTree) -> optx.AbstractIterativeSolver:
+        """`solver`; a minimiser of a squared residual `F`, which sees `F_x' F`, asks for a tenth.
+
+        Where it stops, `F` itself is to be small.
+        """
+        is_own = isinstance(self.solver, AbstractMeasuredMinimiser)
+        if not is_own or objective(condition) is not None:
+            return self.solver
+        rtol = default_rtol(x) if self.solver.rtol is None else self.solver.rtol
+        return eqx.tree_at(lambda s: s.rtol, self.solver, 0.1 * rtol, is_leaf=_is_none)
 
     def _rtol(self, x: PyTree, is_own: bool) -> Any:
         """What the residual may be relative to its terms; `solver.rtol` is of steps and values."""
@@ -290,6 +305,7 @@ def go_on(
 
 
 _TAGS: frozenset[object] = frozenset()
+_MAX_STEPS, _MAX_CHEAP_STEPS = 1_000, 5_000
 # More than `measure` takes for rounding, because the search has found nothing better.
 _GIVEN_UP = 10
 
