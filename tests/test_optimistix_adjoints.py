@@ -39,7 +39,7 @@ BFGS, DESCENT = optx.BFGS(**TIGHT), optx.GradientDescent(0.15, **TIGHT)
     [(name, DESCENT) for name in RULES] + [(n, BFGS) for n in RULES if n != "Truncated"],
     ids=lambda p: p if isinstance(p, str) else type(p).__name__,
 )
-@pytest.mark.filterwarnings("ignore:bx.OneStep", "ignore:.* which build on each other")
+@pytest.mark.filterwarnings("ignore:bx.OneStep")
 def test_minimise(name, solver):
     rule, bound = RULES[name]
     oracle = quadratic(condition=5.0)

@@ -159,13 +159,90 @@ def test_other_rules_do_not_say():
     assert on_quadratic(bx.NewtonCG(), bx.Implicit()).is_bilevel is None
 
 
-@pytest.mark.parametrize(
-    "solver",
-    [optx.NonlinearCG(**TIGHT), bx.LBFGS(), bx.Descent(optax.lbfgs(), num_steps=5)],
-    ids=["nonlinear cg", "LBFGS", "optax.lbfgs"],
-)
-def test_inside_other_programs_steps_that_build_on_each_other_are_warned_of(solver):
-    """Nothing is measured there."""
-    inner = bx.Minimum(lambda x, theta: jnp.sum((x - theta) ** 2))
-    with pytest.warns(UserWarning, match=r"Use bx\.Implicit"):
-        bx.argmin(inner, solver, rule=bx.Unrolled())(jnp.zeros(2), jnp.ones(2))
+# Inside other programs nothing is reported: there a derivative that is not that of x fails.
+
+
+def shifted(x, theta):
+    return 0.5 * jnp.sum((x - theta) ** 2)
+
+
+SOLUTION = jnp.array([1.0, 2.0, 3.0])
+
+
+def through_argmin(solver, rule, inner=shifted, throw=True):
+    x_star = bx.argmin(inner, solver, rule=rule, throw=throw)
+    return lambda theta: x_star(SOLUTION, theta)
+
+
+def through_optimistix(solver, rule, inner=shifted):
+    def x_star(theta):
+        return optx.minimise(
+            inner, solver, SOLUTION, theta, adjoint=rule, max_steps=100, throw=False
+        ).value
+
+    return x_star
+
+
+@pytest.mark.parametrize("attach", [through_argmin, through_optimistix])
+def test_no_step_from_the_solution_has_no_derivative_of_zero(attach):
+    unrolled, forwards = attach(bx.LBFGS(), bx.Unrolled()), attach(bx.LBFGS(), bx.ForwardMode())
+    with pytest.raises(Exception, match="its derivative through the steps has not"):
+        jax.block_until_ready(jax.grad(lambda theta: jnp.sum(unrolled(theta)))(SOLUTION))
+    with pytest.raises(Exception, match="its derivative through the steps has not"):
+        jax.block_until_ready(jax.jvp(forwards, (SOLUTION,), (SOLUTION,))[1])
+    # ... and from elsewhere it is right
+    found = jax.grad(lambda theta: jnp.sum(unrolled(theta)))(2 * SOLUTION)
+    np.testing.assert_allclose(found, np.ones(3), rtol=1e-6)
+
+
+def test_of_a_batch_only_the_element_is_lost():
+    x_star = through_argmin(bx.LBFGS(), bx.Unrolled(), throw=False)
+    found = jax.vmap(jax.grad(lambda theta: jnp.sum(x_star(theta))))(
+        jnp.stack([SOLUTION, 2 * SOLUTION])
+    )
+    assert np.all(np.isnan(found[0]))
+    np.testing.assert_allclose(found[1], np.ones(3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("attach", [through_argmin, through_optimistix])
+def test_a_derivative_that_is_lost_on_the_way_raises(attach):
+    def no_slope_in_theta(x, theta):
+        return shifted(x, 2 * SOLUTION) + jnp.sum(x) * jnp.sqrt(0 * jnp.sum(theta))
+
+    x_star = attach(bx.LBFGS(), bx.Unrolled(), no_slope_in_theta)
+    with pytest.raises(Exception, match="NaN or an infinity appeared"):
+        jax.block_until_ready(jax.grad(lambda theta: jnp.sum(x_star(theta)))(SOLUTION))
+
+
+def test_wrong_derivatives_of_steps_fail_in_the_solution_map():
+    inner, x0, theta = ORACLE.problem.inner, ORACLE.x0, ORACLE.theta
+
+    def value(theta, rule):
+        x = bx.argmin(inner, optx.NonlinearCG(**TIGHT), rule=rule)(x0, theta)
+        return ORACLE.problem.outer_value(x, theta)[0]
+
+    with pytest.raises(Exception, match="its derivative through the steps has not"):
+        jax.block_until_ready(jax.grad(value)(theta, bx.Unrolled()))
+    np.testing.assert_allclose(jax.grad(value)(theta, bx.Implicit()), EXACT, rtol=1e-4)
+
+
+def test_what_is_right_has_derivatives_of_every_order():
+    def value(theta):
+        x_star = bx.argmin(
+            lambda x, theta: jnp.sum((x["a"] - jnp.sin(theta)) ** 2) + jnp.sum(x["b"] ** 2),
+            bx.Descent(optax.sgd(0.25), 40),
+            rule=bx.Unrolled(checkpoints="all"),
+        )
+        start = {"a": jnp.zeros(3), "b": jnp.zeros(3)}
+        return jnp.sum(x_star(start, theta)["a"] ** 2)
+
+    expected = 2 * np.diag(np.cos(2 * SOLUTION))
+    np.testing.assert_allclose(jax.hessian(value)(SOLUTION), expected, atol=1e-6)
+
+
+def test_searches_within_the_steps_are_refused_by_name():
+    solver = bx.Descent(optax.lbfgs(), num_steps=5)
+    with pytest.raises(TypeError, match="a loop of unknown length"):
+        jax.grad(lambda theta: jnp.sum(through_argmin(solver, bx.Truncated("auto"))(theta)))(
+            2 * SOLUTION
+        )

@@ -142,8 +142,8 @@ class RESULTS(eqx.Module, metaclass=_Outcomes):
         "solution. Steps that learn from the way they came (quasi-Newton, nonlinear conjugate "
         "gradients, Polyak's step size) pass on the derivative of that way; others need more "
         "steps for the derivative than for x. Use bx.Implicit() or, to keep to a few steps, "
-        "bx.KStep(...). If the derivative of these very steps is meant, it is exact: take it "
-        "with throw=False."
+        "bx.KStep(...). If the derivative of these very steps is meant, it is exact: "
+        "bx.hypergradient(..., throw=False) gives it."
     )
     diverged = _Outcome(
         "The linear solver, or the series of steps of a K-step rule, diverged: its step size is "

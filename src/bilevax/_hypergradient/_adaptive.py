@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Scalar
 from .._linear._common import signs_like
 from .._tree import tree_norm, tree_sub, tree_zeros_like, unbounded
 from ._explicit import State, WayBack, repeat_with_way_back
+from ._loops import has_loops
 from ._probe import Probe, add_tap
 
 # Quarters of a short run need at least this many pieces.
@@ -39,6 +40,12 @@ def repeat_until_negligible(
 
     Returns the last carry and the number of steps.
     """
+    if has_loops(step, carry):
+        raise TypeError(
+            'bx.Truncated("auto") takes a tangent and an adjoint through every step, and these '
+            "steps contain a loop of unknown length (a line search, a linear solve), which JAX "
+            "differentiates in one mode only. Use bx.Unrolled() or bx.Truncated(num_steps)."
+        )
     num_segments = max(math.ceil(math.sqrt(max_steps)), min(max_steps, _FEWEST_SEGMENTS))
     per_segment = math.ceil(max_steps / num_segments)
 

@@ -25,7 +25,7 @@ from ._agreement import convergence, judged
 from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
 from ._derivative import refuse_backward, unmoved
 from ._implicit import or_fail
-from ._remembering import warn_of_memory
+from ._watched import Steps, residual_of, steps_of_call, watched
 
 
 class ForwardMode(AbstractHypergradient):
@@ -142,26 +142,32 @@ class ForwardMode(AbstractHypergradient):
         throw: bool,
     ) -> PyTree[Array]:
         _check_stepping(inner_solver)
-        warn_of_memory(self, inner_solver, start_at(x0, theta))
 
         def solve(args: tuple) -> tuple[PyTree, None]:
-            condition, solver, x0, theta = args
+            (condition, x0, theta), solver = args
             state = solver.init(condition, start_at(x0, theta), theta)
             return self._run(condition, solver, x0, theta, state)[0], None
 
-        x, _ = self._attach(solve, (condition, inner_solver, x0, theta))
+        def run(args: tuple) -> tuple[PyTree, None]:
+            return self._attach(solve, (args, inner_solver))
+
+        steps = Steps(run, residual_of, condition.is_symmetric, inner_solver)
+        x, _ = watched(steps, (condition, x0, theta), start_at(x0, theta), throw)
         result = RESULTS.where(tree_all_finite(x), RESULTS.successful, RESULTS.nonfinite)
         return or_fail(x, result, throw)
 
     def apply(
         self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
     ) -> PyTree[Array]:
-        del rewrite_fn, tags
-        warn_of_memory(self, inputs[1], inputs[2])
+        del tags
         if self.num_steps is not None:
             max_steps = self.num_steps if inputs[5] is None else min(inputs[5], self.num_steps)
             inputs = (*inputs[:5], max_steps, *inputs[6:])
-        return self._attach(lambda inputs: primal_fn((*inputs, lax_while_loop)), inputs)
+
+        def run(inputs: PyTree) -> tuple[PyTree, PyTree]:
+            return self._attach(lambda inputs: primal_fn((*inputs, lax_while_loop)), inputs)
+
+        return watched(steps_of_call(run, rewrite_fn, inputs), inputs, inputs[2], throw=True)
 
     def _run(
         self,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
@@ -22,8 +23,23 @@ def differentiable_loops(step: Callable[[PyTree], PyTree], carry: PyTree) -> Cal
     return rewrite(step, {"while": _checkpointed}, carry)
 
 
+def has_loops(step: Callable[[PyTree], PyTree], carry: PyTree) -> bool:
+    """Whether there are loops in it that `differentiable_loops` would replace."""
+    found: list[bool] = []
+
+    def look(run: Callable, params: dict, operands: list) -> None:
+        found.append(_carries_numbers(while_parts(run, params, operands)[2]))
+
+    jax.eval_shape(rewrite(step, {"while": look}, carry), carry)
+    return any(found)
+
+
+def _carries_numbers(start: list) -> bool:
+    return any(jnp.issubdtype(x.dtype, jnp.inexact) for x in start)
+
+
 def _checkpointed(run: Callable, params: dict, operands: list) -> list | None:
     keep_going, body, start = while_parts(run, params, operands)
-    if not any(jnp.issubdtype(x.dtype, jnp.inexact) for x in start):
+    if not _carries_numbers(start):
         return None
     return checkpointed_while_loop(keep_going, body, start, checkpoints=_NUM_CHECKPOINTS)

@@ -17,8 +17,8 @@ from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
 from ._implicit import or_fail
 from ._loops import differentiable_loops
 from ._probe import Probe, growth, largest_growth, new_probe, tap_end
-from ._remembering import warn_of_memory
 from ._scan import Checkpoints, repeat
+from ._watched import Steps, residual_of, watched
 
 # x, the solver's state for the next solve, the steps taken, the steps differentiated
 Unrolling = tuple[PyTree, PyTree, Array, Array]
@@ -60,12 +60,22 @@ class AbstractThroughSteps(AbstractHypergradient):
         throw: bool,
     ) -> PyTree[Array]:
         stepping = self._check_stepping(inner_solver)
-        start = start_at(x0, theta)
-        warn_of_memory(self, stepping, start)
-        state = stepping.init(condition, start, theta)
-        x, *_ = self.unroll(condition, stepping, x0, theta, state)
+
+        def run(args: tuple) -> tuple[PyTree, None]:
+            condition, x0, theta = args
+            state = stepping.init(condition, start_at(x0, theta), theta)
+            return self.unroll(condition, stepping, x0, theta, state)[0], None
+
+        args, start = (condition, x0, theta), start_at(x0, theta)
+        steps = Steps(run, residual_of, condition.is_symmetric, stepping)
+        x, _ = watched(steps, args, start, throw, self._largest_error)
         result = RESULTS.where(tree_all_finite(x), RESULTS.successful, RESULTS.nonfinite)
         return or_fail(x, result, throw) if throw else x
+
+    @property
+    def _largest_error(self) -> float:
+        """A derivative wrong by more, relative to its size, is not that of the solution."""
+        return LARGEST_ERROR
 
     def _check_stepping(self, inner_solver: AbstractInnerSolver) -> AbstractSteppingSolver:
         if not isinstance(inner_solver, AbstractSteppingSolver):

@@ -21,7 +21,6 @@ from ._adaptive import repeat_until_negligible
 from ._agreement import LARGEST_ERROR, LARGEST_TRUNCATION
 from ._base import Estimate, HypergradientState, as_stats
 from ._probe import Probe, check_growth
-from ._remembering import warn_of_memory
 from ._scan import Checkpoints, check_checkpoints, num_checkpoints
 from ._through_steps import (
     AbstractThroughSteps,
@@ -30,6 +29,7 @@ from ._through_steps import (
     repeat_until_done,
 )
 from ._unrolled import Unrolled
+from ._watched import steps_of_call, watched
 
 
 class Truncated(AbstractThroughSteps):
@@ -104,9 +104,13 @@ class Truncated(AbstractThroughSteps):
     def apply(
         self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
     ) -> PyTree[Array]:
-        del rewrite_fn, tags
+        del tags
         _check_every_step_moves(inputs[1])
-        warn_of_memory(self, inputs[1], inputs[2])
+        steps = steps_of_call(partial(self._run, primal_fn), rewrite_fn, inputs)
+        return watched(steps, inputs, inputs[2], True, self._largest_error)
+
+    def _run(self, primal_fn: Callable, inputs: PyTree) -> tuple[PyTree, PyTree]:
+        """A call of Optimistix, its last steps differentiated."""
         num_last = self.num_steps
         if not isinstance(num_last, int):
             return primal_fn((*inputs, self._while_loop))
@@ -202,6 +206,12 @@ class Truncated(AbstractThroughSteps):
         x, new_state = solver.finish(condition, carry)
         return x, new_state, count, num_back
 
+    @property
+    def _largest_error(self) -> float:
+        if isinstance(self.num_steps, int):
+            return LARGEST_TRUNCATION
+        return max(LARGEST_ERROR, 10 * self.rtol)
+
     def estimate(
         self,
         problem: Bilevel,
@@ -210,12 +220,11 @@ class Truncated(AbstractThroughSteps):
         theta: PyTree,
         state: HypergradientState,
     ) -> tuple[Estimate, HypergradientState]:
-        is_auto = not isinstance(self.num_steps, int)
-        largest = max(LARGEST_ERROR, 10 * self.rtol) if is_auto else LARGEST_TRUNCATION
+        largest = self._largest_error
         estimate, state, seen = estimate_through(
             self.unroll, problem, inner_solver, x0, theta, state, self.max_growth, largest
         )
-        if not is_auto:
+        if isinstance(self.num_steps, int):
             return estimate, state
         norm = tree_norm(estimate.grad)
         error = jnp.maximum(seen.remainder, seen.jacobian_error * norm)

@@ -14,9 +14,9 @@ from ._base import Estimate, HypergradientState, estimate_of
 from ._derivative import refuse_backward, refuse_derivative, unmoved
 from ._loops import differentiable_loops
 from ._probe import Probe, check_growth, tap
-from ._remembering import warn_of_memory
 from ._scan import Checkpoints, check_checkpoints, num_checkpoints
 from ._through_steps import AbstractThroughSteps, Unrolling, estimate_through, repeat_until_done
+from ._watched import steps_of_call, watched
 
 
 class Unrolled(AbstractThroughSteps):
@@ -63,7 +63,9 @@ class Unrolled(AbstractThroughSteps):
     hypergradient its error falls as `K rho^K`, rho the contraction factor of the steps.
     It is flagged when it is not finite or explodes, and as `path_dependent` where x has
     converged and the derivative has not (quasi-Newton steps); `Estimate.is_bilevel` says
-    which derivative it is. That costs a linear solve, where x has converged.
+    which derivative it is. That costs a linear solve, where x has converged. `bx.argmin` and
+    Optimistix' `adjoint=` compare as well, and have no estimate to say it: there such a
+    derivative raises, in both modes.
 
     !!! example
 
@@ -103,9 +105,10 @@ class Unrolled(AbstractThroughSteps):
                 "To unroll a solve its number of steps must be bounded: pass max_steps=..., or "
                 "Unrolled(num_steps=...)."
             )
-        warn_of_memory(self, inputs[1], inputs[2])
+        inputs = (*inputs[:5], max_steps, *inputs[6:])
         loop = partial(_while_loop, checkpoints=self.checkpoints)
-        return primal_fn((*inputs[:5], max_steps, *inputs[6:], loop))
+        steps = steps_of_call(lambda inputs: primal_fn((*inputs, loop)), rewrite_fn, inputs)
+        return watched(steps, inputs, inputs[2], throw=True)
 
     def estimate(
         self,

@@ -163,9 +163,7 @@ class LBFGS(AbstractMeasuredMinimiser):
 
         def measured() -> Compared:
             _, product = jax.linearize(lambda y: evaluate(y)[0], new_y)
-            return compare(
-                gradient, product, z, lambda scale: residual <= self.tolerance(y, scale)
-            )
+            return compare(gradient, product, z, lambda scale: residual <= self.tolerance(y, scale))
 
         none = Compared(state.scale, state.scale, jnp.zeros((), jnp.int32))
         seen = jax.lax.cond(is_measured, measured, lambda: none)

@@ -226,11 +226,12 @@ class Optimistix(AbstractSteppingSolver):
 
         Where it stops, `F` itself is to be small.
         """
-        is_own = isinstance(self.solver, AbstractMeasuredMinimiser)
-        if not is_own or objective(condition) is not None:
-            return self.solver
-        rtol = default_rtol(x) if self.solver.rtol is None else self.solver.rtol
-        return eqx.tree_at(lambda s: s.rtol, self.solver, 0.1 * rtol, is_leaf=_is_none)
+        solver = self.solver
+        if not isinstance(solver, AbstractMeasuredMinimiser) or objective(condition) is not None:
+            return solver
+        asked: Any = solver.rtol
+        rtol = default_rtol(x) if asked is None else asked
+        return eqx.tree_at(lambda s: s.rtol, solver, 0.1 * rtol, is_leaf=_is_none)
 
     def _rtol(self, x: PyTree, is_own: bool) -> Any:
         """What the residual may be relative to its terms; `solver.rtol` is of steps and values."""
