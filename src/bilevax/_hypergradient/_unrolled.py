@@ -64,8 +64,8 @@ class Unrolled(AbstractThroughSteps):
     It is flagged when it is not finite or explodes, and as `path_dependent` where x has
     converged and the derivative has not (quasi-Newton steps); `Estimate.is_bilevel` says
     which derivative it is. That costs a linear solve, where x has converged. `bx.argmin` and
-    Optimistix' `adjoint=` compare as well, and have no estimate to say it: there such a
-    derivative raises, in both modes.
+    Optimistix' `adjoint=`, which have no estimate to say it, compare as well where the solver
+    stops by itself or is quasi-Newton: there such a derivative raises, in both modes.
 
     !!! example
 

@@ -16,6 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._inner._asked import asked_of
+from .._inner._descent import Descent, is_quasi_newton
 from .._problem import Root
 from .._results import RESULTS
 from .._tree import (
@@ -50,18 +51,30 @@ def watched(
 
     Lost: not finite. Wrong: where x has converged, by more than `largest`, in comparison with
     the equation `A dx + B da = 0` of the solution, as in the outcome `path_dependent` of an
-    estimate. That costs a linear solve on the way back, a Hessian and a cross product forwards.
-    Where x is no solution, it is the exact derivative of what was run, for a gradient more and
-    two Hessian products.
+    estimate. That is looked at where it may be so (`_may_mislead`), for a gradient, two Hessian
+    products and, where x has converged, a linear solve on the way back or two products forwards.
     """
     inexact, rest = eqx.partition(args, eqx.is_inexact_array)
     arrays, static = eqx.partition(rest, eqx.is_array)
     x0 = stop_gradient(x0)
-    judge = _Judge(steps, static, throw, largest)
+    judge = _Judge(steps, static, throw, largest, _may_mislead(steps.solver, x0))
     constant = (arrays, x0, asked_of(steps.solver, x0).rtol)
     entered, *slots = _enter(judge, inexact, constant)
     x, rest = steps.run(eqx.combine(entered, arrays, static))
     return _leave(judge, x, slots, inexact, constant), rest
+
+
+def _may_mislead(solver: Any, x0: PyTree) -> bool:
+    """Whether x may converge, and its derivative through the steps of `solver` may not.
+
+    Steps that build on each other pass on the way they came; and a solver that stops by itself
+    may stop at the start, having done nothing. A fixed number of others is what was asked for.
+    """
+    if isinstance(solver, Descent):
+        return hasattr(solver.optimizer, "init") and is_quasi_newton(
+            jax.eval_shape(solver.optimizer.init, x0)
+        )
+    return not getattr(solver, "is_fixed_length", False)
 
 
 def residual_of(x: PyTree, args: tuple) -> PyTree:
@@ -95,6 +108,7 @@ class _Judge(NamedTuple):
     static: PyTree
     throw: bool
     largest: float
+    may_mislead: bool
 
     def backward(self, found: PyTree, b: PyTree, x: PyTree, at: _At) -> RESULTS:
         """Of `found`, what the steps make of `b`, the cotangent of x."""
@@ -135,12 +149,14 @@ class _Judge(NamedTuple):
         x: PyTree,
         at: _At,
     ) -> RESULTS:
+        lost = RESULTS.where(is_lost, RESULTS.nonfinite, RESULTS.successful)
+        if not self.may_mislead:
+            return lost
         condition, solver = Root(self._residual(at)), _Asked(at.rtol)
         seen = convergence(condition, solver, x, at.x0, at.moving, jnp.asarray(_MANY))
         may_be = seen.is_solution & ~is_lost
         wrong = where_needed(may_be, lambda: is_wrong(seen), jnp.zeros((), bool))
-        result = RESULTS.where(may_be & wrong, RESULTS.path_dependent, RESULTS.successful)
-        return RESULTS.where(is_lost, RESULTS.nonfinite, result)
+        return RESULTS.where(may_be & wrong, RESULTS.path_dependent, lost)
 
 
 class _Asked(NamedTuple):
@@ -161,7 +177,7 @@ def _enter(judge: _Judge, inexact: PyTree, constant: tuple) -> tuple[PyTree, PyT
     @jax.custom_jvp
     def enter(inexact: PyTree, constant: tuple) -> tuple[PyTree, PyTree, PyTree]:
         nothing = tree_zeros_like(constant[1])
-        return inexact, nothing, nothing
+        return _in_one_batch((inexact, nothing, nothing), (inexact, constant))
 
     def enter_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
         out = enter(*primals)
@@ -189,8 +205,7 @@ def _leave(
 
     @jax.custom_jvp
     def leave(x: PyTree, slots: list[PyTree], inexact: PyTree, constant: tuple) -> PyTree:
-        del slots, inexact, constant
-        return x
+        return _in_one_batch(x, (slots, inexact, constant))
 
     def leave_jvp(primals: tuple, tangents: tuple) -> tuple[PyTree, PyTree]:
         out = leave(*primals)
@@ -214,6 +229,21 @@ def _leave(
 
     leave.defjvp(leave_jvp, symbolic_zeros=True)
     return leave(x, slots, inexact, constant)
+
+
+def _in_one_batch(tree: PyTree, others: PyTree) -> PyTree:
+    """`tree`, under vmap a batch wherever any of `others` is one.
+
+    What comes back of one element is then told from that of another; and JAX expects of a
+    derivative rule a batch of tangents only where the values are one.
+    """
+    is_batch = jnp.zeros((), bool)
+    for leaf in jtu.tree_leaves(others):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        numbers = jax.random.key_data(leaf) if is_key else leaf
+        if numbers.size:
+            is_batch |= numbers[(0,) * numbers.ndim] != 0
+    return jtu.tree_map(lambda a: jnp.where(is_batch, a, a), tree)
 
 
 def _moving(tangent: PyTree) -> tuple[PyTree, PyTree]:
