@@ -79,28 +79,30 @@ def repeat_with_way_back(
     - `backward(steps, kept, adjoint, probe)`: the adjoint of `steps.moving`, of the first
         carry, and what is to be reported through `probe` (see `_probe.py`).
     """
-    explicit = explicit_step(step, carry)
+    apply, *arguments = explicit_step(step, carry)
+    # The rules run when the values of this call are gone.
+    shapes = jax.eval_shape(lambda arguments: arguments, arguments)
 
     @jax.custom_vjp
     def loop(varying: PyTree, fixed: PyTree, state: State, probe: Probe | None) -> State:
         del probe
-        return run(lambda state: explicit.apply(varying, fixed, state), state)
+        return run(lambda state: apply(varying, fixed, state), state)
 
     def loop_forward(*args: PyTree) -> tuple[State, PyTree]:
         varying, fixed, state, probe = _values(args)
         is_moving = _Flags(tuple(leaf.perturbed for leaf in _primals(args[0])))
-        final, kept = forward(_way_back(explicit, varying, fixed, is_moving), state)
+        final, kept = forward(_way_back(apply, varying, fixed, is_moving), state)
         return final, (varying, fixed, kept, probe, is_moving)
 
     def loop_backward(residuals: PyTree, cotangent: State) -> tuple:
         varying, fixed, kept, probe, is_moving = residuals
-        adjoint = _part_that_matters(explicit, cotangent[0])
-        steps = _way_back(explicit, varying, fixed, is_moving, adjoint)
+        adjoint = _part_that_matters(apply, shapes, cotangent[0])
+        steps = _way_back(apply, varying, fixed, is_moving, adjoint)
         of_moving, of_carry, evidence = backward(steps, kept, adjoint, probe)
         return of_moving, None, (of_carry, None), evidence
 
     loop.defvjp(loop_forward, loop_backward, symbolic_zeros=True)
-    return eqx.combine(*loop(explicit.varying, explicit.fixed, explicit.state, probe))
+    return eqx.combine(*loop(*arguments, probe))
 
 
 class _Flags(eqx.Module):
@@ -110,7 +112,7 @@ class _Flags(eqx.Module):
 
 
 def _way_back(
-    explicit: ExplicitStep,
+    apply: Callable[[PyTree, PyTree, State], State],
     varying: PyTree,
     fixed: PyTree,
     is_moving: _Flags,
@@ -121,7 +123,7 @@ def _way_back(
     flags = jtu.tree_map(lambda leaf: leaf is not None, adjoint, is_leaf=lambda leaf: leaf is None)
 
     def differentiable(moving: PyTree, state: State) -> State:
-        return explicit.apply(eqx.combine(moving, still), fixed, state)
+        return apply(eqx.combine(moving, still), fixed, state)
 
     def pull_back(state: State, adjoint: PyTree) -> tuple[PyTree, PyTree]:
         carry, rest = state
@@ -146,15 +148,15 @@ def _way_back(
     return WayBack(lambda state: differentiable(moving, state), pull_back, push_forward, moving)
 
 
-def _part_that_matters(explicit: ExplicitStep, cotangent: PyTree) -> PyTree:
+def _part_that_matters(apply: Callable, shapes: list, cotangent: PyTree) -> PyTree:
     """The adjoint of the last carry, `None` for what no later x depends on.
 
     A solver's own error estimate is such a part. Its adjoint would be zero, and its
     derivative may be infinite.
     """
     leaves, structure = jtu.tree_flatten(cotangent, is_leaf=_is_symbolic)
-    traced: Any = jax.make_jaxpr(explicit.apply)(explicit.varying, explicit.fixed, explicit.state)
-    num_before = len(jtu.tree_leaves((explicit.varying, explicit.fixed)))
+    traced: Any = jax.make_jaxpr(apply)(*shapes)
+    num_before = len(jtu.tree_leaves(shapes[:2]))
     num_other = len(traced.jaxpr.outvars) - len(leaves)
     matters = [not _is_symbolic(leaf) for leaf in leaves]
     while True:

@@ -57,7 +57,8 @@ def watched(
     inexact, rest = eqx.partition(args, eqx.is_inexact_array)
     arrays, static = eqx.partition(rest, eqx.is_array)
     x0 = stop_gradient(x0)
-    judge = _Judge(steps, static, throw, largest, _may_mislead(steps.solver, x0))
+    may_mislead = _may_mislead(steps.solver, x0)
+    judge = _Judge(steps.residual, steps.is_symmetric, static, throw, largest, may_mislead)
     constant = (arrays, x0, asked_of(steps.solver, x0).rtol)
     entered, *slots = _enter(judge, inexact, constant)
     x, rest = steps.run(eqx.combine(entered, arrays, static))
@@ -93,7 +94,7 @@ def steps_of_call(
 
 
 class _At(NamedTuple):
-    """Where a derivative is taken: arrays, because derivative rules run later."""
+    """Where a derivative is taken: the arrays that its rule is given."""
 
     moving: PyTree
     still: PyTree
@@ -102,9 +103,10 @@ class _At(NamedTuple):
 
 
 class _Judge(NamedTuple):
-    """What does not change of a call."""
+    """What does not change of a call: no arrays, because derivative rules run later."""
 
-    steps: Steps
+    residual: Callable[[PyTree, PyTree], PyTree]
+    is_symmetric: bool
     static: PyTree
     throw: bool
     largest: float
@@ -118,7 +120,7 @@ class _Judge(NamedTuple):
             # Under vmap both branches run: a zero right-hand side takes no steps.
             needed = jtu.tree_map(lambda c: jnp.where(seen.is_solution, c, 0), b)
             residual = self._residual(at)
-            expected = implied(residual, x, at.moving, needed, self.steps.is_symmetric)
+            expected = implied(residual, x, at.moving, needed, self.is_symmetric)
             return disagreement(found, expected, seen.explained, self.largest)[1]
 
         return self._judged(is_lost, is_wrong, x, at)
@@ -138,7 +140,7 @@ class _Judge(NamedTuple):
 
     def _residual(self, at: _At) -> Callable[[PyTree, PyTree], PyTree]:
         def residual(x: PyTree, moving: PyTree) -> PyTree:
-            return self.steps.residual(x, eqx.combine(moving, at.still, self.static))
+            return self.residual(x, eqx.combine(moving, at.still, self.static))
 
         return residual
 
