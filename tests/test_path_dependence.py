@@ -141,6 +141,28 @@ def test_what_theta_changes_of_the_steps_alone_is_no_disagreement():
     assert 0 < float(jnp.abs(found.grad["rate"])) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["newton", "gradient descent"])
+def test_a_factor_of_the_objective_does_not_move_its_minimum(name):
+    """Nor is what rounding makes of that a disagreement."""
+    solver = RIGHT[name][0]
+    inner, x0, theta = ORACLE.problem.inner, ORACLE.x0, ORACLE.theta
+    problem = bx.Bilevel(
+        lambda x, factor: jnp.exp(factor) * inner(x, theta),
+        lambda x, factor: jnp.sum((x - 0.3) ** 2),
+    )
+    found, _ = bx.hypergradient(
+        problem, x0, jnp.asarray(0.2), inner_solver=solver, rule=bx.Unrolled()
+    )
+    assert abs(float(found.grad)) < 1e-6
+    assert bool(found.is_bilevel)
+
+    def value(factor):
+        x_star = bx.argmin(problem.inner, solver, rule=bx.Unrolled())
+        return jnp.sum(x_star(x0, factor) ** 2)
+
+    assert abs(float(jax.grad(value)(jnp.asarray(0.2)))) < 1e-6
+
+
 def test_a_root_by_steps():
     matrix = jnp.array([[2.0, 1.0], [-1.0, 3.0]])
     problem = bx.Bilevel(

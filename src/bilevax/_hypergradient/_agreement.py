@@ -42,6 +42,7 @@ class Implied(NamedTuple):
 
     value: PyTree[Array]  # -B'v
     typical: Scalar  # ||B'v|| of a v of this length and without a special direction
+    shift: Scalar  # by how much B'v changes where x errs as much as its derivative may
     is_known: Bool[Array, ""]
 
 
@@ -69,8 +70,12 @@ def implied(
     args: PyTree,
     b: PyTree,
     is_symmetric: bool,
+    explained: Scalar,
 ) -> Implied:
-    """What the cotangent `b` of a zero `x` of `residual(x, args)` makes of `args`."""
+    """What the cotangent `b` of a zero `x` of `residual(x, args)` makes of `args`.
+
+    `explained`: see `Convergence`.
+    """
     _, pull = jax.vjp(residual, x, args)
     rtol = 1e-3 * default_rtol(b)
     solver = CG(rtol) if is_symmetric else GMRES(rtol)
@@ -83,9 +88,13 @@ def implied(
     found = verify(found, b, product)
     signs = jtu.tree_map(signs_like, b)
     length = tree_norm(found.value) / jnp.maximum(tree_norm(signs), 1)
+    # Of a factor of the objective B is zero at a solution, and nowhere else.
+    moved = jtu.tree_map(lambda a, s: a + explained.astype(a.dtype) * jnp.abs(a) * s, x, signs)
+    (elsewhere,) = jax.vjp(lambda args: residual(moved, args), args)[1](found.value)
     return Implied(
         value=jtu.tree_map(jnp.negative, cross),
         typical=length * tree_norm(pull(signs)[1]),
+        shift=tree_norm(tree_sub(elsewhere, cross)),
         is_known=(found.residual <= default_rtol(b)) & jnp.isfinite(tree_norm(cross)),
     )
 
@@ -103,7 +112,8 @@ def disagreement(
     )
     error, norm = tree_norm(gap), tree_norm(expected.value)
     most = jnp.maximum(largest * norm, explained * jnp.maximum(norm, expected.typical))
-    most += 100 * float(jnp.finfo(error.dtype).eps) * tree_norm(found)
+    rounding = 100 * float(jnp.finfo(error.dtype).eps) * tree_norm(found)
+    most = jnp.maximum(most, expected.shift) + rounding
     return error, expected.is_known & ~(error <= most)
 
 
@@ -127,7 +137,7 @@ def judged(
         grad_x, grad_theta = outer(x, theta)
         # Under vmap both branches run: a zero right-hand side takes no steps.
         b = jtu.tree_map(lambda c: jnp.where(at.is_solution, c, 0), grad_x)
-        expected = implied(condition.residual, x, theta, b, condition.is_symmetric)
+        expected = implied(condition.residual, x, theta, b, condition.is_symmetric, at.explained)
         found = tree_sub(estimate.grad, grad_theta)
         error, is_wrong = disagreement(found, expected, at.explained, largest)
         return error.astype(dtype), expected.is_known, is_wrong

@@ -24,6 +24,7 @@ from .._tree import (
     tree_all_finite,
     tree_axpy,
     tree_norm,
+    tree_sub,
     tree_zeros_like,
     where_needed,
 )
@@ -120,8 +121,9 @@ class _Judge(NamedTuple):
             # Under vmap both branches run: a zero right-hand side takes no steps.
             needed = jtu.tree_map(lambda c: jnp.where(seen.is_solution, c, 0), b)
             residual = self._residual(at)
-            expected = implied(residual, x, at.moving, needed, self.is_symmetric)
-            return disagreement(found, expected, seen.explained, self.largest)[1]
+            explained = seen.explained
+            expected = implied(residual, x, at.moving, needed, self.is_symmetric, explained)
+            return disagreement(found, expected, explained, self.largest)[1]
 
         return self._judged(is_lost, is_wrong, x, at)
 
@@ -134,7 +136,11 @@ class _Judge(NamedTuple):
             _, moved = jax.jvp(lambda a: residual(x, a), (at.moving,), (da,))
             _, product = jax.jvp(lambda x: residual(x, at.moving), (x,), (dx,))
             size, left = tree_norm(moved), tree_norm(tree_axpy(1.0, product, moved))
-            return ~(left <= (self.largest + seen.explained) * size) & (size > 0)
+            most = (self.largest + seen.explained) * size
+            part = jtu.tree_map(lambda a: (1 + seen.explained).astype(a.dtype) * a, x)
+            _, elsewhere = jax.jvp(lambda a: residual(part, a), (at.moving,), (da,))
+            most = jnp.maximum(most, tree_norm(tree_sub(elsewhere, moved)))
+            return ~(left <= most) & (size > 0)
 
         return self._judged(is_lost, is_wrong, x, at)
 
