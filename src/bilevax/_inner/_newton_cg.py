@@ -227,14 +227,14 @@ class NewtonCG(AbstractMeasuredMinimiser):
         is_needed = accept & ~is_done
         b = jtu.tree_map(lambda g: jnp.where(is_needed, -g, jnp.zeros_like(g)), gradient)
         # The scale at the next iterate is about ||H z - g||, and is not zero after a start at
-        # zero; where only single rows are open, it is theirs, which is smaller. A fifth of the
+        # zero; where only single rows are open, it is theirs, which is smaller. Half of the
         # tolerance, because this is a guess.
         next_scale = jnp.where(
             residual <= self.tolerance(gradient, seen.plain),
             seen.scale,
             jnp.maximum(seen.plain, residual),
         )
-        target = 0.2 * self.tolerance(gradient, next_scale)
+        target = 0.5 * self.tolerance(gradient, next_scale)
         eta = _forcing(state, residual, target, next_scale)
         direction, expected, num_products = cg_direction(product, b, eta, self.max_cg_steps)
         num_products += seen.num_products
