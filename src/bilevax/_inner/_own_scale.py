@@ -68,7 +68,7 @@ def compare(
     gradient, rows = jax.lax.stop_gradient((gradient, product(z)))
     plain = norm(rows)
 
-    factor = min(tree_size(z) ** 0.5, _LARGEST_FACTOR)
+    factor = min(max(tree_size(z), 1) ** 0.5, _LARGEST_FACTOR)
 
     def by_rows(rows: PyTree) -> Scalar:
         return norm_over_error(gradient, plain, root_mean_square(gradient, rows) / factor)
