@@ -9,6 +9,7 @@ import pytest
 import bilevax as bx
 from bilevax._inner._kinks import may_have_kinks
 from bilevax._inner._own_scale import compare
+from bilevax._linear._in_turn import factorise
 
 SOLVERS = {
     "default": None,
@@ -251,11 +252,19 @@ def test_terms_that_cancel_do_not_make_a_row_small():
     assert np.median(scales) > 0.5
 
 
-def test_a_batch_of_dense_systems_does_not_wait_for_itself():
+IN_TURN = {
+    "dense": (bx.NewtonCG(dense=True), bx.Implicit(bx.Direct(), error_estimate=True)),
+    "sketched": (bx.NewtonCG(), bx.Implicit(bx.CG(), preconditioner=bx.Nystrom(rank=60))),
+}
+
+
+@pytest.mark.parametrize("name", IN_TURN)
+def test_a_batch_of_factorisations_does_not_wait_for_itself(name):
     """Two batched factorisations side by side stop XLA's threads for ever on two cores."""
     num, size = 3, 100
     root = jax.random.normal(jax.random.key(0), (num, size, 2 * size))
     A, b = root @ root.mT / size, jax.random.normal(jax.random.key(1), (num, size))
+    solver, rule = IN_TURN[name]
 
     def inner(x, theta, data):
         A, b = data
@@ -264,11 +273,18 @@ def test_a_batch_of_dense_systems_does_not_wait_for_itself():
 
     def estimate(A, b):
         problem = bx.Bilevel(inner, lambda x, theta: jnp.sum((x - 1.0) ** 2), (A, b))
-        solver, rule = bx.NewtonCG(dense=True), bx.Implicit(bx.Direct(), error_estimate=True)
         at = jnp.zeros(size), jnp.asarray(0.3)
         return bx.hypergradient(problem, *at, inner_solver=solver, rule=rule, throw=False)[0]
 
     batch = jax.jit(jax.vmap(estimate))(A, b)
     alone = [jax.jit(estimate)(*row) for row in zip(A, b, strict=True)]
     assert jnp.all(batch.result == bx.RESULTS.successful)
-    assert jnp.allclose(batch.grad, jnp.stack([a.grad for a in alone]), rtol=1e-10)
+    assert jnp.allclose(batch.grad, jnp.stack([a.grad for a in alone]), rtol=1e-5)
+
+
+def test_factorisations_take_turns_in_a_batch():
+    matrices = jnp.stack([jnp.eye(100)] * 3)
+    jaxpr = jax.make_jaxpr(jax.vmap(lambda a: factorise(jnp.linalg.cholesky, a)))(matrices)
+    assert "platform_index" in str(jaxpr)  # on a CPU by a loop, elsewhere at once
+    found = jax.jit(jax.vmap(lambda a: factorise(jnp.linalg.cholesky, a)))(4 * matrices)
+    np.testing.assert_allclose(found, 2 * matrices)

@@ -98,12 +98,6 @@ def working_dtype(a: PyTree) -> Any:
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
-def factorise(fn: Callable, *matrices: Array) -> Any:
-    """`fn(*matrices)` in the dtype for factorisations, and back in theirs."""
-    found = fn(*tree_astype(matrices, working_dtype(matrices)))
-    return tree_astype(found, tree_dtype(matrices))
-
-
 def tree_astype(a: PyTree, dtype: Any) -> PyTree:
     """`a` with every leaf in `dtype`."""
     return jtu.tree_map(lambda x: x.astype(dtype), a)

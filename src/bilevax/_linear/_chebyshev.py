@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from .._results import RESULTS
 from .._tree import (
-    factorise,
     tree_all_finite,
     tree_axpy,
     tree_dot,
@@ -23,6 +22,7 @@ from .._tree import (
 )
 from ._base import AbstractIterativeLinearSolver, LinearSolution
 from ._common import check_count, check_tolerance, scaled_start, signs_like, target_norm
+from ._in_turn import factorise
 
 _CHECK_EVERY = 10
 _LANCZOS_STEPS = 20

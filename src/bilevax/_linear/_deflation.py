@@ -10,8 +10,9 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._results import RESULTS
-from .._tree import factorise, map_rows, tree_norm, tree_sub
+from .._tree import map_rows, tree_norm, tree_sub
 from ._base import LinearSolution
+from ._in_turn import factorise
 from ._subspace import combine, gram, rows_dot, symmetric
 
 # Curvature this many rounding errors from zero is not an accident of rounding.

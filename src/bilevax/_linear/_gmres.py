@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from .._results import RESULTS
 from .._tree import (
-    factorise,
     tree_all_finite,
     tree_axpy,
     tree_norm,
@@ -21,6 +20,7 @@ from .._tree import (
 )
 from ._base import AbstractIterativeLinearSolver, LinearSolution
 from ._common import check_count, check_tolerance, scaled_start, step_limit, target_norm
+from ._in_turn import factorise
 
 
 class GMRES(AbstractIterativeLinearSolver):

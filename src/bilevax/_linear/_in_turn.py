@@ -7,9 +7,12 @@ batches side by side as there are threads, all of them wait forever: two of one
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jaxtyping import Array, PyTree
+
+from .._tree import tree_astype, tree_dtype, working_dtype
 
 # A batch of fewer operations stays in one thread.
 _SPLIT = 200_000
@@ -25,6 +28,15 @@ def in_turn(fn: Callable[..., PyTree[Array]], num_rows: int) -> Callable[..., Py
     branches. Derivatives are those of `fn` as it is.
     """
     return _in_turn(fn, _OPERATIONS * num_rows**3)
+
+
+def factorise(fn: Callable, *matrices: Array) -> Any:
+    """`fn(*matrices)` in the dtype for factorisations, and back in theirs; a batch in turn."""
+    num_rows = max(max(matrix.shape) for matrix in matrices)
+    # JAX would trace the default arguments of a function of its own.
+    work = in_turn(lambda *matrices: fn(*matrices), num_rows)
+    found = work(*tree_astype(matrices, working_dtype(matrices)))
+    return tree_astype(found, tree_dtype(matrices))
 
 
 def _in_turn(fn: Callable[..., PyTree[Array]], cost: int) -> Callable[..., PyTree[Array]]:

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from .._tree import factorise, tree_norm
+from .._tree import tree_norm
+from ._in_turn import factorise
 
 
 def rows_dot(rows: PyTree[Array], x: PyTree[Array]) -> Float[Array, " m"]:

@@ -8,9 +8,9 @@ from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._hypergradient._base import Estimate
 from .._linear._common import check_count
+from .._linear._in_turn import factorise
 from .._tree import (
     dense_columns,
-    factorise,
     flat_to_tree,
     tree_size,
     tree_to_flat,

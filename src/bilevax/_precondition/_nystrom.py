@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._linear._common import check_count
+from .._linear._in_turn import factorise
 from .._linear._subspace import combine, empty_rows, gram, normalised, rows_dot, symmetric
 from .._problem import AbstractCondition
-from .._tree import factorise, tree_all_finite, tree_axpy, tree_dtype, tree_size, tree_sub
+from .._tree import tree_all_finite, tree_axpy, tree_dtype, tree_size, tree_sub
 from ._base import AbstractPreconditioner, Apply, no_products
 from ._probes import products, signs, unit_vectors
 from ._refresh import Refresh, never_made
