@@ -32,11 +32,12 @@ def in_turn(fn: Callable[..., PyTree[Array]], num_rows: int) -> Callable[..., Py
 
 def factorise(fn: Callable, *matrices: Array) -> Any:
     """`fn(*matrices)` in the dtype for factorisations, and back in theirs; a batch in turn."""
-    num_rows = max(max(matrix.shape) for matrix in matrices)
-    # JAX would trace the default arguments of a function of its own.
-    work = in_turn(lambda *matrices: fn(*matrices), num_rows)
-    found = work(*tree_astype(matrices, working_dtype(matrices)))
-    return tree_astype(found, tree_dtype(matrices))
+
+    def in_work(*matrices: Array) -> Any:
+        found = fn(*tree_astype(matrices, working_dtype(matrices)))
+        return tree_astype(found, tree_dtype(matrices))
+
+    return in_turn(in_work, max(max(matrix.shape) for matrix in matrices))(*matrices)
 
 
 def _in_turn(fn: Callable[..., PyTree[Array]], cost: int) -> Callable[..., PyTree[Array]]:
