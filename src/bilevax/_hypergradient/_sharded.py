@@ -58,7 +58,7 @@ def by_device(
         raise TypeError(_CANNOT_RAISE.format(", ".join(left)))
     arrays: list[Any] = []
     _map_traced(arrays.append, args)
-    axes = frozenset().union(*map(_varying, arrays))
+    axes = frozenset().union(*map(varying, arrays))
     if not axes:
         return fn(*args)
     apart = _map_traced(lambda a: _differing(a, axes), args)
@@ -136,7 +136,7 @@ def _map_traced(change: Callable, tree: Any) -> Any:
     return Replaced(tree, is_tracer, change).tree
 
 
-def _varying(array: Any) -> frozenset:
+def varying(array: Any) -> frozenset:
     """The axes of the mesh along which `array` differs."""
     if not is_tracer(array):
         return frozenset()
@@ -146,7 +146,7 @@ def _varying(array: Any) -> frozenset:
 
 
 def _differing(array: Any, axes: frozenset) -> Any:
-    missing = tuple(sorted(axes - _varying(array)))
+    missing = tuple(sorted(axes - varying(array)))
     return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
@@ -155,7 +155,7 @@ def _retype(array: Any, axes: frozenset, mesh: Any) -> Any:
 
     Unlike `jax.lax.pcast` it sums nothing on the way back.
     """
-    here = _varying(array), jax.typeof(array).sharding.mesh
+    here = varying(array), jax.typeof(array).sharding.mesh
     return _retype_p.bind(array, there=(axes, mesh), here=here)
 
 

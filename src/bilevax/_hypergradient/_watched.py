@@ -5,6 +5,7 @@ Optimistix, does not. So what goes into the steps, and what comes out of them, p
 the identity, which looks at what JAX sends through it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from .._tree import (
 from ._agreement import LARGEST_ERROR, Convergence, convergence, disagreement, implied
 from ._implicit import is_gradient, or_fail
 from ._looking import looking
+from ._sharded import varying
 
 # Steps after which an error of x is that of its derivative, where their number is not known.
 _MANY = 100
@@ -245,13 +247,19 @@ def _in_one_batch(tree: PyTree, others: PyTree) -> PyTree:
     What comes back of one element is then told from that of another; and JAX expects of a
     derivative rule a batch of tangents only where the values are one.
     """
-    is_batch = jnp.zeros((), bool)
+    flags = []
     for leaf in jtu.tree_leaves(others):
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         numbers = jax.random.key_data(leaf) if is_key else leaf
         if numbers.size:
-            is_batch |= numbers[(0,) * numbers.ndim] != 0
-    return jtu.tree_map(lambda a: jnp.where(is_batch, a, a), tree)
+            flags.append(numbers[(0,) * numbers.ndim] != 0)
+
+    def joined(a: Array) -> Array:
+        # What all devices of a `shard_map` share stays so.
+        own = [flag for flag in flags if varying(flag) <= varying(a)]
+        return jnp.where(functools.reduce(jnp.logical_or, own), a, a) if own else a
+
+    return jtu.tree_map(joined, tree)
 
 
 def _moving(tangent: PyTree) -> tuple[PyTree, PyTree]:
