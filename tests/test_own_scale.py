@@ -253,8 +253,9 @@ def test_terms_that_cancel_do_not_make_a_row_small():
 
 
 IN_TURN = {
-    "dense": (bx.NewtonCG(dense=True), bx.Implicit(bx.Direct(), error_estimate=True)),
-    "sketched": (bx.NewtonCG(), bx.Implicit(bx.CG(), preconditioner=bx.Nystrom(rank=60))),
+    "dense": (bx.NewtonCG(dense=True), bx.Implicit(bx.Direct(), error_estimate=True), 1e-10),
+    # conjugate gradients stop at 1e-6
+    "sketched": (bx.NewtonCG(), bx.Implicit(bx.CG(), preconditioner=bx.Nystrom(rank=60)), 1e-5),
 }
 
 
@@ -264,7 +265,7 @@ def test_a_batch_of_factorisations_does_not_wait_for_itself(name):
     num, size = 3, 100
     root = jax.random.normal(jax.random.key(0), (num, size, 2 * size))
     A, b = root @ root.mT / size, jax.random.normal(jax.random.key(1), (num, size))
-    solver, rule = IN_TURN[name]
+    solver, rule, rtol = IN_TURN[name]
 
     def inner(x, theta, data):
         A, b = data
@@ -279,7 +280,7 @@ def test_a_batch_of_factorisations_does_not_wait_for_itself(name):
     batch = jax.jit(jax.vmap(estimate))(A, b)
     alone = [jax.jit(estimate)(*row) for row in zip(A, b, strict=True)]
     assert jnp.all(batch.result == bx.RESULTS.successful)
-    assert jnp.allclose(batch.grad, jnp.stack([a.grad for a in alone]), rtol=1e-5)
+    assert jnp.allclose(batch.grad, jnp.stack([a.grad for a in alone]), rtol=rtol)
 
 
 def test_factorisations_take_turns_in_a_batch():

@@ -35,8 +35,8 @@ def own_magnitude(x: PyTree[Array], x0: PyTree[Array]) -> PyTree[Array]:
     return tree_larger(x, tree_scale(float(jnp.finfo(tree_dtype(x)).eps), x0))
 
 
-# The largest `c`. Rows of many terms are dense seldom enough; and where they are, solving them to
-# the accuracy of `s_i` alone takes a third more gradients.
+# The largest `c`: of a row with few terms it is too lenient, and without it a row with many
+# takes up to a third more gradients than the bound asks for.
 _LARGEST_FACTOR = 5.0
 
 
