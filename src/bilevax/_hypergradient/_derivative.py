@@ -43,7 +43,7 @@ def with_derivative(fn: Callable, args: tuple, differentiate: Callable) -> Any:
             eqx.filter(dots, moves),
             eqx.combine(out, static_out[0]),
         )
-        return out, jtu.tree_map(_tangent_or_zero, out, tangent)
+        return out, jtu.tree_map(tangent_or_zero, out, tangent)
 
     call.defjvp(call_jvp, symbolic_zeros=True)
     return eqx.combine(call(arrays), static_out[0])
@@ -85,14 +85,16 @@ def unmoved(state: PyTree, name: str) -> PyTree:
 
 
 def _moves(array: Any, dot: Any) -> bool:
-    return eqx.is_inexact_array(array) and not _is_symbolic(dot)
+    return eqx.is_inexact_array(array) and not is_symbolic(dot)
 
 
-def _tangent_or_zero(primal: Any, tangent: Any) -> Any:
+def tangent_or_zero(primal: Any, tangent: Any) -> Any:
+    """A tangent that a derivative rule returns; `None` is one that stands still."""
     if tangent is not None and eqx.is_inexact_array(primal):
         return tangent
     return jax.custom_derivatives.zero_from_primal(primal, symbolic_zeros=True)
 
 
-def _is_symbolic(leaf: Any) -> bool:
+def is_symbolic(leaf: Any) -> bool:
+    """Whether a tangent stands still, in the eyes of JAX."""
     return isinstance(leaf, SymbolicZero)

@@ -13,7 +13,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._inner._asked import asked_of
@@ -30,6 +29,7 @@ from .._tree import (
     where_needed,
 )
 from ._agreement import LARGEST_ERROR, Convergence, convergence, disagreement, implied
+from ._derivative import is_symbolic, tangent_or_zero
 from ._implicit import is_gradient, or_fail
 from ._looking import looking
 from ._sharded import varying
@@ -202,7 +202,7 @@ def _enter(judge: _Judge, inexact: PyTree, constant: tuple) -> tuple[PyTree, PyT
 
         at = _at(primals[0], moves, primals[1])
         through = looking((tangent, nothing, nothing), at, lambda seen, _: seen, back)
-        return out, (_with_zeros(out[0], through[0]), *through[1:])
+        return out, (jtu.tree_map(tangent_or_zero, out[0], through[0]), *through[1:])
 
     enter.defjvp(enter_jvp, symbolic_zeros=True)
     return enter(inexact, constant)
@@ -264,22 +264,9 @@ def _in_one_batch(tree: PyTree, others: PyTree) -> PyTree:
 
 def _moving(tangent: PyTree) -> tuple[PyTree, PyTree]:
     """Which leaves move, and their tangents."""
-    moves = jtu.tree_map(lambda t: not _is_symbolic(t), tangent, is_leaf=_is_symbolic)
-    return moves, eqx.filter(tangent, moves, is_leaf=_is_symbolic)
-
-
-def _with_zeros(primal: PyTree, tangent: PyTree) -> PyTree:
-    def leaf(primal: Array, tangent: Array | None) -> Any:
-        if tangent is not None:
-            return tangent
-        return jax.custom_derivatives.zero_from_primal(primal, symbolic_zeros=True)
-
-    return jtu.tree_map(leaf, primal, tangent)
+    moves = jtu.tree_map(lambda t: not is_symbolic(t), tangent, is_leaf=is_symbolic)
+    return moves, eqx.filter(tangent, moves, is_leaf=is_symbolic)
 
 
 def _dense(primal: Array, tangent: Any) -> Array:
-    return jnp.zeros_like(primal) if _is_symbolic(tangent) else tangent
-
-
-def _is_symbolic(leaf: Any) -> bool:
-    return isinstance(leaf, SymbolicZero)
+    return jnp.zeros_like(primal) if is_symbolic(tangent) else tangent
