@@ -7,11 +7,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import partial_eval
 from jaxtyping import Array, PyTree
 
 from .._tree import standard_promotion
+from ._derivative import is_symbolic
 from ._probe import Probe
 
 # In this file a carry is in two parts: its floating-point arrays, which have an adjoint,
@@ -154,11 +154,11 @@ def _part_that_matters(apply: Callable, shapes: list, cotangent: PyTree) -> PyTr
     A solver's own error estimate is such a part. Its adjoint would be zero, and its
     derivative may be infinite.
     """
-    leaves, structure = jtu.tree_flatten(cotangent, is_leaf=_is_symbolic)
+    leaves, structure = jtu.tree_flatten(cotangent, is_leaf=is_symbolic)
     traced: Any = jax.make_jaxpr(apply)(*shapes)
     num_before = len(jtu.tree_leaves(shapes[:2]))
     num_other = len(traced.jaxpr.outvars) - len(leaves)
-    matters = [not _is_symbolic(leaf) for leaf in leaves]
+    matters = [not is_symbolic(leaf) for leaf in leaves]
     while True:
         _, used = partial_eval.dce_jaxpr(traced.jaxpr, [*matters, *[False] * num_other])
         used = used[num_before : num_before + len(leaves)]
@@ -182,9 +182,5 @@ def _is_primal(leaf: Any) -> bool:
     return hasattr(leaf, "perturbed")
 
 
-def _is_symbolic(leaf: Any) -> bool:
-    return isinstance(leaf, SymbolicZero)
-
-
 def _materialise(leaf: Any) -> Array:
-    return jnp.zeros(leaf.shape, leaf.dtype) if _is_symbolic(leaf) else leaf
+    return jnp.zeros(leaf.shape, leaf.dtype) if is_symbolic(leaf) else leaf

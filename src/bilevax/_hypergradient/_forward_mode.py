@@ -6,7 +6,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, PyTree
 
 from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, run
@@ -23,7 +22,7 @@ from .._tree import (
 )
 from ._agreement import convergence, judged
 from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
-from ._derivative import refuse_backward, unmoved
+from ._derivative import is_symbolic, refuse_backward, unmoved
 from ._implicit import or_fail
 from ._watched import Steps, residual_of, steps_of_call, watched
 
@@ -215,8 +214,8 @@ class ForwardMode(AbstractHypergradient):
         def attached_jvp(primals: tuple, tangents: tuple) -> tuple[PyTree, PyTree]:
             inexact, arrays, _ = primals
             leaves, structure = jtu.tree_flatten(inexact)
-            dots = jtu.tree_leaves(tangents[0], is_leaf=_is_symbolic_zero)
-            moving = [k for k, dot in enumerate(dots) if not _is_symbolic_zero(dot)]
+            dots = jtu.tree_leaves(tangents[0], is_leaf=is_symbolic)
+            moving = [k for k, dot in enumerate(dots) if not is_symbolic(dot)]
 
             def of_moving(moved: list[Array]) -> tuple[PyTree, None]:
                 all_leaves = list(leaves)
@@ -242,10 +241,6 @@ def _combination(columns: PyTree, dots: list[Array]) -> PyTree:
         return jnp.tensordot(jnp.concatenate(weights), column, axes=1)
 
     return jtu.tree_map(combine, columns)
-
-
-def _is_symbolic_zero(leaf: object) -> bool:
-    return isinstance(leaf, SymbolicZero)
 
 
 def _check_stepping(inner_solver: AbstractInnerSolver) -> AbstractSteppingSolver:

@@ -7,10 +7,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, PyTree
 
 from .._tree import stop_gradient
+from ._derivative import is_symbolic
 
 
 class System(NamedTuple):
@@ -61,8 +61,8 @@ def attach_derivative(
         memory, failed = eqx.combine(constant, constant_static)
         x = attached(inexact, arrays, constant, x)
         # what stands still costs nothing, and need not have a derivative
-        moves = jtu.tree_map(_moves, tangents[0], is_leaf=_is_symbolic)
-        tangent = eqx.filter(tangents[0], moves, is_leaf=_is_symbolic)
+        moves = jtu.tree_map(_moves, tangents[0], is_leaf=is_symbolic)
+        tangent = eqx.filter(tangents[0], moves, is_leaf=is_symbolic)
         moving, still = eqx.partition(inexact, moves)
 
         def residual_of(moving: PyTree, x: PyTree) -> PyTree:
@@ -116,9 +116,5 @@ def _right_hand_side(
     return jtu.tree_map(lambda r: -r + jnp.asarray(weight * total, r.dtype), product)
 
 
-def _is_symbolic(leaf: Any) -> bool:
-    return isinstance(leaf, SymbolicZero)
-
-
 def _moves(tangent: Any) -> bool:
-    return not _is_symbolic(tangent)
+    return not is_symbolic(tangent)
