@@ -112,7 +112,6 @@ class LBFGS(AbstractMeasuredMinimiser):
             aux=empty_aux(aux_struct),
             f=one,
             residual=one,
-            tolerance=one,
             scale=one,
             slope=-one,
             full_slope=-one,
@@ -158,27 +157,28 @@ class LBFGS(AbstractMeasuredMinimiser):
             (state.y_eval, gradient, aux, f, residual),
             (y, state.gradient, state.aux, state.f, state.residual),
         )
-        z = own_magnitude(new_y, state.y0)
-        is_measured = state.is_first | is_over | (accept & (residual <= state.tolerance))
+        is_measured = (
+            state.is_first | is_over | (accept & (residual <= self.tolerance(y, state.scale)))
+        )
 
-        def measured() -> Compared:
+        def measured() -> tuple[Compared, Scalar]:
+            z = own_magnitude(new_y, state.y0)
             _, product = jax.linearize(lambda y: evaluate(y)[0], new_y)
-            return compare(gradient, product, z, lambda scale: residual <= self.tolerance(y, scale))
+            seen = compare(gradient, product, z, lambda scale: residual <= self.tolerance(y, scale))
+            return seen, _first_length(optx.two_norm(z), seen.plain, residual)
 
         none = Compared(state.scale, state.scale, jnp.zeros((), jnp.int32))
-        seen = jax.lax.cond(is_measured, measured, lambda: none)
+        seen, first_length = jax.lax.cond(is_measured, measured, lambda: (none, history.length))
         own, scale = seen.scale, seen.plain
-        tolerance = jnp.where(is_measured, self.tolerance(y, own), state.tolerance)
-        is_done = is_measured & jnp.isfinite(residual) & (residual <= tolerance)
+        is_done = is_measured & jnp.isfinite(residual) & (residual <= self.tolerance(y, own))
 
         # 3. the next candidate
-        first_length = _first_length(optx.two_norm(z), scale, optx.two_norm(gradient))
         length = jnp.where(state.is_first, first_length, history.length)
         history = eqx.tree_at(lambda h: h.length, history, length)
-        direction, slope = _descent(history, gradient, is_done)
+        direction, slope = _descent(history, gradient, residual, is_done)
         ahead = jtu.tree_map(jnp.add, new_y, direction)
         # H y0 - g0 is the constant of a quadratic objective: a first guess of the scale
-        guess = self.tolerance(y, jnp.where(jnp.isfinite(scale), scale, 0) + residual)
+        guess = jnp.where(jnp.isfinite(scale), scale, 0) + residual
         new_state = _State(
             y_eval=tree_where(accept, ahead, tree_axpy(factor, moved, y)),
             y0=state.y0,
@@ -187,8 +187,7 @@ class LBFGS(AbstractMeasuredMinimiser):
             aux=aux,
             f=f,
             residual=residual,
-            tolerance=jnp.where(state.is_first & is_finite & ~is_done, guess, tolerance),
-            scale=own,
+            scale=jnp.where(state.is_first & is_finite & ~is_done, guess, own),
             slope=jnp.where(accept, slope, factor * state.slope),
             full_slope=jnp.where(accept, slope, state.full_slope),
             best=jnp.minimum(residual, state.best),
@@ -211,8 +210,7 @@ class _State(AbstractMeasuredState):
     aux: PyTree
     f: Scalar
     residual: Scalar
-    tolerance: Scalar  # an estimate until the residual is below it
-    scale: Scalar  # at the last measurement
+    scale: Scalar  # at the last measurement; a guess until the residual is small beside it
     slope: Scalar  # derivative along the step to the candidate, times its length
     full_slope: Scalar  # the same for the whole step
     best: Scalar  # the smallest residual
@@ -247,13 +245,12 @@ def _first_length(norm_z: Scalar, scale: Scalar, residual: Scalar) -> Scalar:
 
 
 def _descent(
-    history: History, gradient: PyTree[Array], is_done: Bool[Array, ""]
+    history: History, gradient: PyTree[Array], residual: Scalar, is_done: Bool[Array, ""]
 ) -> tuple[PyTree[Array], Scalar]:
     """A direction in which the objective falls, or zero, and the slope along it."""
     direction = history.direction(gradient)
     slope = tree_dot(gradient, direction)
     is_down = slope < 0  # false also where it is not a number
-    steepest = tree_scale(-history.length, gradient)
-    direction = tree_where(is_down, direction, steepest)
+    direction = tree_where(is_down, direction, tree_scale(-history.length, gradient))
     direction = tree_where(is_done, tree_zeros_like(direction), direction)
-    return direction, jnp.where(is_down, slope, tree_dot(gradient, steepest))
+    return direction, jnp.where(is_down, slope, -history.length * residual**2)

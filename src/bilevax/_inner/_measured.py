@@ -19,13 +19,12 @@ from ._own_scale import norm
 class AbstractMeasuredState(eqx.Module):
     """The part of a state that is reported.
 
-    `residual` is the two-norm of the gradient at the last accepted iterate, `tolerance`
-    what it has to reach, `scale` what it was compared with.
+    `residual` is the two-norm of the gradient at the last accepted iterate, `scale` what
+    it is compared with.
     """
 
     aux: eqx.AbstractVar[PyTree]
     residual: eqx.AbstractVar[Scalar]
-    tolerance: eqx.AbstractVar[Scalar]
     scale: eqx.AbstractVar[Scalar]
     num_gradients: eqx.AbstractVar[Int[Array, ""]]
     num_hessian_products: eqx.AbstractVar[Int[Array, ""]]
@@ -91,7 +90,7 @@ class AbstractMeasuredMinimiser(OneLine, optx.AbstractMinimiser):
         del fn, aux, args, options, tags, result
         stats = {
             "residual": state.residual,
-            "tolerance": state.tolerance,
+            "tolerance": self.tolerance(y, state.scale),
             "scale": state.scale,
             "num_gradients": state.num_gradients,
             "num_hessian_products": state.num_hessian_products,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Int, PyTree
@@ -79,8 +80,4 @@ def _find(inner_state: PyTree) -> History:
 
 def _identity(history: History) -> History:
     empty = jtu.tree_map(jnp.zeros_like, history)
-    return History(
-        *(empty.steps, empty.changes, empty.inverse, empty.gram, empty.diagonal),
-        length=jnp.ones_like(history.length),
-        slot=empty.slot,
-    )
+    return eqx.tree_at(lambda h: h.length, empty, jnp.ones_like(history.length))
