@@ -96,9 +96,10 @@ def exact(data: Data, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         step = np.linalg.solve(*(np.asarray(a, float) for a in (hessian, gradient)))
         step = step.astype(np.longdouble)
         length, f, slope = np.longdouble(1), objective(x), gradient @ step
-        is_rounding = slope <= 1e-16 * abs(f)  # at the minimum
+        # At the minimum, or so near that its decrease drowns in rounding.
+        is_near = slope <= 1e-16 * abs(f) or np.linalg.norm(step) <= 1e-5 * np.linalg.norm(x)
         # Where every tanh is flat, Newton's step overshoots by the condition number.
-        while not is_rounding and objective(x - length * step) > f - length * slope / 10:
+        while not is_near and objective(x - length * step) > f - length * slope / 10:
             length = length / 2
         x = x - length * step
         size = np.linalg.norm(step)
