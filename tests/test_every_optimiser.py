@@ -118,7 +118,8 @@ def cotangents(carry, seed):
 
     def one(a):
         zero = zero_cotangent(a)
-        return zero if zero.dtype == jax.dtypes.float0 else zero + rng.normal(size=zero.shape)
+        is_float = zero.dtype != jax.dtypes.float0
+        return jnp.asarray(rng.normal(size=zero.shape), zero.dtype) if is_float else zero
 
     return jtu.tree_map(one, carry)
 
