@@ -5,19 +5,23 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src" / "bilevax"
-LAYERS = (
-    "_as_written _reach _habits | _results _tree _calls | _raise | _linear _one_mode | _problem |"
-    " _inner | _precondition | _hypergradient | _outer _diagnose | _report | _solve | __init__ |"
-    " testing sklearn | _demo | _cli | __main__"
-)
-RANK = {name: rank for rank, layer in enumerate(LAYERS.split("|")) for name in layer.split()}
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "bilevax"
+
+
+def layers() -> list[list[str]]:
+    """The order of CONTRIBUTING.md, the only one: a line a layer, the lowest first."""
+    house = (ROOT / "CONTRIBUTING.md").read_text().split("## The house")[1].split("## ")[0]
+    return [line.split() for line in house.splitlines() if line.startswith("    ")]
+
+
+RANK = {name: rank for rank, layer in enumerate(layers()) for name in layer}
 
 
 def upward_imports(source: str, path: Path) -> list[str]:
     """The imports in `source`, a file at `path` in the package, of its own layer or above."""
     unit = path.with_suffix("").parts[0]
-    assert unit in RANK, f"{path} belongs to no layer: give it its place in LAYERS"
+    assert unit in RANK, f"{path} belongs to no layer: give it its place in CONTRIBUTING.md"
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
@@ -39,6 +43,11 @@ def upward_imports(source: str, path: Path) -> list[str]:
 
 
 FILES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
+
+
+def test_every_layer_exists():
+    units = {path.with_suffix("").parts[0] for path in FILES}
+    assert units == set(RANK)
 
 
 def test_imports_go_one_way():

@@ -10,8 +10,8 @@ import optimistix as optx
 import pytest
 
 import bilevax as bx
-from bilevax._hypergradient import _binomial
-from bilevax._hypergradient._scan import repeat
+from bilevax._loop import _binomial
+from bilevax._loop._scan import repeat
 from bilevax.testing import logistic, relative_error
 
 ORACLE = logistic()

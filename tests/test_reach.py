@@ -15,9 +15,9 @@ import pytest
 
 import bilevax as bx
 from bilevax._hypergradient._entry import _estimate, _jitted_solution
+from bilevax._jit import lean_jit
 from bilevax._outer._chunk import run_chunk
 from bilevax._reach._reach import reach
-from bilevax._tree import lean_jit
 
 FIRST, SECOND = np.array([1.0, 2.0]), np.array([3.0, -1.0])
 X0, THETA = jnp.zeros(2), jnp.array(0.0)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import bilevax as bx
-from bilevax._hypergradient._reversible import repeat_reversibly, there_and_back
+from bilevax._loop._reversible import repeat_reversibly, there_and_back
 from bilevax.testing import logistic, relative_error
 
 ORACLE = logistic()

@@ -8,7 +8,7 @@ import optimistix as optx
 import pytest
 
 import bilevax as bx
-from bilevax._hypergradient._scan import repeat
+from bilevax._loop._scan import repeat
 from bilevax.testing import learned_step_size, logistic, relative_error
 
 OPTIMISERS = {

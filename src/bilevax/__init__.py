@@ -35,7 +35,7 @@ from ._precondition import (
 )
 from ._hypergradient._implicit import Implicit as Implicit
 from ._hypergradient._minimum_norm import MinimumNorm as MinimumNorm
-from ._hypergradient._budget import MemoryBudget as MemoryBudget
+from ._loop._budget import MemoryBudget as MemoryBudget
 from ._hypergradient._unrolled import Unrolled as Unrolled
 from ._hypergradient._truncated import Truncated as Truncated
 from ._hypergradient._forward_mode import ForwardMode as ForwardMode

@@ -14,13 +14,13 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ._as_written import as_written
+from ._checks import check_positive
 from ._diagnose._recommend import recommend
 from ._hypergradient._base import AbstractHypergradient
 from ._hypergradient._entry import check_types, explained, is_unexplained
 from ._hypergradient._implicit import Implicit
 from ._hypergradient._locate import locate
 from ._inner._external import External
-from ._inner._optimistix import check_positive
 from ._outer._base import AbstractMethod
 from ._outer._best import choose
 from ._outer._chunk import MAX_CHUNK, REASONS, columns, init_method, run_chunk

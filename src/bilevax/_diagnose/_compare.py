@@ -4,12 +4,13 @@ from typing import Any
 
 from jaxtyping import PyTree
 
+from .._checks import check_count
 from .._hypergradient._base import AbstractHypergradient
 from .._hypergradient._entry import check_types
-from .._linear._common import check_count
+from .._jit import standard_promotion
 from .._problem import Bilevel, as_arrays, prepare, start_as_arrays, start_at
 from .._reach._traced import refuse_traced
-from .._tree import standard_promotion, tree_dtype, tree_norm, tree_size
+from .._tree import tree_dtype, tree_norm, tree_size
 from ._compare_rows import measure_curve, measure_rules
 from ._compare_rules import default_rules, find_setting, named_rules
 from ._comparison import RuleComparison

@@ -8,9 +8,10 @@ from .._hypergradient._implicit import Implicit
 from .._hypergradient._unrolled import Unrolled
 from .._inner._base import AbstractSteppingSolver, InnerSolution, run
 from .._inner._external import wherever
+from .._jit import lean_jit
 from .._linear import CG, GMRES
 from .._problem import AbstractCondition, Bilevel, start_at
-from .._tree import lean_jit, tree_dtype, tree_norm, tree_sub
+from .._tree import tree_dtype, tree_norm, tree_sub
 from ._comparison import ErrorCurve
 from ._prospect import relative_difference
 

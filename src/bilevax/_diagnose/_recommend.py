@@ -7,9 +7,10 @@ from jaxtyping import PyTree
 from .._hypergradient._entry import check_types
 from .._inner._base import AbstractInnerSolver
 from .._inner._default import as_inner_solver
+from .._jit import standard_promotion
 from .._problem import Bilevel, as_arrays, prepare, start_as_arrays, start_at
 from .._reach._traced import refuse_traced
-from .._tree import standard_promotion, tree_size
+from .._tree import tree_size
 from ._implicit_choice import choose_implicit
 from ._prospect import Inner, look_at_inner
 from ._recommendation import Recommendation

@@ -5,11 +5,11 @@ from typing import Any
 from jaxtyping import PyTree
 
 from .._hypergradient._base import AbstractHypergradient
-from .._hypergradient._budget import MemoryBudget
 from .._hypergradient._forward_mode import ForwardMode
 from .._hypergradient._unrolled import Unrolled
 from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver
 from .._inner._descent import Descent
+from .._loop._budget import MemoryBudget
 from .._problem import is_start_function
 from .._tree import tree_size
 from ._choice import STEP_BACK, STEP_FORWARD_MODE, Choice

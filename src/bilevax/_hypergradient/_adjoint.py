@@ -18,10 +18,9 @@ from .._linear import (
     default_linear_solver,
     solve_linear,
 )
-from .._linear._common import signs_like
 from .._linear._transposed import transposed
 from .._results import RESULTS, first_failure
-from .._tree import default_rtol, is_bounded, map_rows, tree_size, tree_sub
+from .._tree import default_rtol, is_bounded, map_rows, signs_like, tree_size, tree_sub
 from ._linearise import Linearised
 
 # Up to this size evidence comes from a dense factorisation: it is exact, and its products

@@ -7,8 +7,9 @@ import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.tree_util as jtu
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import PyTree
+
+from .._tree import is_symbolic, tangent_or_zero
 
 WAY_OUT = (
     "Use rule=bx.Implicit(), whose estimates have derivatives in both modes, or, for a first "
@@ -86,15 +87,3 @@ def unmoved(state: PyTree, name: str) -> PyTree:
 
 def _moves(array: Any, dot: Any) -> bool:
     return eqx.is_inexact_array(array) and not is_symbolic(dot)
-
-
-def tangent_or_zero(primal: Any, tangent: Any) -> Any:
-    """A tangent that a derivative rule returns; `None` is one that stands still."""
-    if tangent is not None and eqx.is_inexact_array(primal):
-        return tangent
-    return jax.custom_derivatives.zero_from_primal(primal, symbolic_zeros=True)
-
-
-def is_symbolic(leaf: Any) -> bool:
-    """Whether a tangent stands still, in the eyes of JAX."""
-    return isinstance(leaf, SymbolicZero)

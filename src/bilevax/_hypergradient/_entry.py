@@ -17,6 +17,7 @@ from .._calls import naming
 from .._inner._default import as_inner_solver
 from .._inner._explain import explain
 from .._inner._external import External
+from .._jit import lean_jit
 from .._problem import (
     AbstractCondition,
     Bilevel,
@@ -31,7 +32,7 @@ from .._problem import (
 )
 from .._raise import unwrapped
 from .._results import RESULTS, SolveError
-from .._tree import is_traced, lean_jit, stop_gradient
+from .._tree import is_traced, stop_gradient
 from ._base import AbstractHypergradient, Estimate, HypergradientState
 from ._hoist import Hoisted
 from ._implicit import Implicit, error_if

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from .._checks import check_positive
 from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, run
-from .._inner._optimistix import check_positive
 from .._problem import AbstractCondition, Bilevel, start_at
 from .._results import RESULTS
 from .._tree import (
     flat_to_tree,
+    is_symbolic,
     lax_while_loop,
     stop_gradient,
     tree_all_finite,
@@ -22,7 +23,7 @@ from .._tree import (
 )
 from ._agreement import convergence, judged
 from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
-from ._derivative import is_symbolic, refuse_backward, unmoved
+from ._derivative import refuse_backward, unmoved
 from ._implicit import or_fail
 from ._watched import Steps, residual_of, steps_of_call, watched
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, PyTree, Scalar
 
+from .._checks import check_tolerance
 from .._inner._asked import Asked, asked_of
 from .._inner._base import AbstractInnerSolver, Counts
 from .._linear import (
@@ -22,7 +23,6 @@ from .._linear import (
     resume_linear,
     verify,
 )
-from .._linear._common import check_tolerance, largest_entry
 from .._linear._transposed import transposed
 from .._precondition._base import AbstractPreconditioner, as_preconditioner
 from .._problem import AbstractCondition, Bilevel, start_at
@@ -30,6 +30,7 @@ from .._raise import fail_where
 from .._results import RESULTS, first_failure
 from .._tree import (
     debugged,
+    largest_entry,
     lax_while_loop,
     stop_gradient,
     tree_all_finite,

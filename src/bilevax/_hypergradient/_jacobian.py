@@ -10,10 +10,11 @@ from jaxtyping import Array, PyTree, Scalar
 from .._inner._asked import asked_of
 from .._inner._base import Counts
 from .._inner._external import Given
+from .._jit import lean_jit
 from .._linear import LinearSolution
 from .._problem import Bilevel, as_arrays, prepare
 from .._results import RESULTS, first_failure
-from .._tree import flat_to_tree, lean_jit, map_rows, tree_basis, tree_size
+from .._tree import flat_to_tree, map_rows, tree_basis, tree_size
 from ._adjoint import first_of_batch, reached
 from ._base import as_stats
 from ._entry import check_types, raise_failure

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, PyTree, Scalar
 
+from .._checks import check_positive, check_step_size
 from .._inner._base import AbstractInnerSolver
-from .._inner._optimistix import Optimistix, check_positive
-from .._linear._common import check_step_size
+from .._inner._optimistix import Optimistix
 from .._problem import AbstractCondition, Bilevel, FixedPoint, Root
 from ._base import AbstractHypergradient, Estimate, HypergradientState
 from ._implicit import Implicit

@@ -9,10 +9,10 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Bool, PyTree, Scalar
 
+from .._checks import check_count
 from .._inner._asked import asked_of
 from .._inner._base import AbstractInnerSolver, Counts
 from .._linear import Direct, LinearSolution, default_linear_solver, solve_linear, verify
-from .._linear._common import check_count, signs_like
 from .._linear._minres import MINRES
 from .._problem import AbstractCondition, Bilevel, start_at
 from .._results import RESULTS, first_failure
@@ -21,6 +21,7 @@ from .._tree import (
     flat_to_tree,
     is_bounded,
     map_rows,
+    signs_like,
     stop_gradient,
     tree_all_finite,
     tree_dot,

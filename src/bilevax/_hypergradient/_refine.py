@@ -9,10 +9,9 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
-from .._linear._common import signs_like
 from .._problem import Bilevel
 from .._results import RESULTS
-from .._tree import tree_norm, tree_size, tree_sub, tree_zeros_like, unbounded
+from .._tree import signs_like, tree_norm, tree_size, tree_sub, tree_zeros_like, unbounded
 from ._adjoint import newton_steps
 from ._linearise import linearise, outer_at
 

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from .._inner._asked import asked_of
 from .._inner._base import Counts
 from .._inner._default import as_inner_solver
+from .._jit import lean_jit
 from .._linear import LinearSolution
 from .._problem import (
     Bilevel,
@@ -22,7 +23,7 @@ from .._problem import (
     start_at,
 )
 from .._results import RESULTS, first_failure
-from .._tree import lean_jit, map_rows, tree_all_finite, tree_sub
+from .._tree import map_rows, tree_all_finite, tree_sub
 from ._adjoint import first_of_batch, reached, strictest
 from ._base import Estimate, as_stats
 from ._derivative import refuse_derivative

@@ -20,7 +20,9 @@ from .._inner._descent import Descent, is_quasi_newton
 from .._problem import Root
 from .._results import RESULTS
 from .._tree import (
+    is_symbolic,
     stop_gradient,
+    tangent_or_zero,
     tree_all_finite,
     tree_axpy,
     tree_norm,
@@ -29,7 +31,6 @@ from .._tree import (
     where_needed,
 )
 from ._agreement import LARGEST_ERROR, Convergence, convergence, disagreement, implied
-from ._derivative import is_symbolic, tangent_or_zero
 from ._implicit import is_gradient, or_fail
 from ._looking import looking
 from ._sharded import varying

@@ -10,15 +10,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from .._checks import check_positive
+from .._jit import optimizer_as_pytree, standard_promotion
+from .._loop._rewrite import without_zero_over_zero
 from .._problem import AbstractCondition, objective
-from .._tree import (
-    optimizer_as_pytree,
-    standard_promotion,
-    stop_gradient,
-    strong,
-    tree_dtype,
-    tree_norm,
-)
+from .._tree import stop_gradient, strong, tree_dtype, tree_norm
 from ._base import (
     ROUNDING,
     AbstractSteppingSolver,
@@ -29,8 +25,6 @@ from ._base import (
     run,
 )
 from ._batches import as_batches, check_batches
-from ._optimistix import check_positive
-from ._rewrite import without_zero_over_zero
 
 
 class Descent(AbstractSteppingSolver):

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree, Scalar
 
-from .._linear._common import signs_like
 from .._problem import AbstractCondition, objective
 from .._results import RESULTS
 from .._tree import (
+    signs_like,
     tree_axpy,
     tree_dtype,
     tree_larger,

@@ -15,10 +15,9 @@ import jax.tree_util as jtu
 from jax.extend.core import ClosedJaxpr, Literal
 from jaxtyping import Array, Bool, PyTree, Scalar
 
-from .._linear._common import signs_like
 from .._problem import AbstractCondition, objective
 from .._results import RESULTS
-from .._tree import tree_axpy, tree_dtype, tree_norm, tree_scale
+from .._tree import signs_like, tree_axpy, tree_dtype, tree_norm, tree_scale
 
 # A jump of this part of the terms of a gradient is no rounding error, and moves x.
 _JUMP = 1e-3

@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
-from .._linear._common import check_count, check_tolerance
+from .._checks import check_count, check_tolerance
 from .._tree import (
     default_rtol,
     tree_axpy,

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, PyTree, Scalar
 
+from .._checks import check_positive
+from .._jit import Opaque
 from .._problem import AbstractCondition, FixedPoint, LeastSquares, as_arrays, objective
 from .._results import RESULTS
 from .._tree import (
-    Opaque,
     default_rtol,
     tree_all_finite,
     tree_astype,
@@ -331,12 +332,6 @@ def _outcome(result: Any, stats: dict[str, Any]) -> RESULTS:
     out = RESULTS.where(is_floor, RESULTS.stalled, RESULTS.inner_not_converged)
     out = RESULTS.where(residual <= stats["tolerance"], RESULTS.successful, out)
     return RESULTS.where(result == optx.RESULTS.nonfinite, RESULTS.nonfinite, out)
-
-
-def check_positive(value: int, name: str) -> None:
-    """Raise unless `value` is an integer of at least one."""
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be an integer of at least 1; got {value!r}.")
 
 
 # Functions of (y, (condition, theta, dtype)), as Optimistix wants them: global, so that no

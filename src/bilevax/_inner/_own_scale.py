@@ -23,8 +23,16 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
-from .._linear._common import largest_entry, weights_like
-from .._tree import tree_dot, tree_dtype, tree_larger, tree_norm, tree_scale, tree_size
+from .._tree import (
+    largest_entry,
+    tree_dot,
+    tree_dtype,
+    tree_larger,
+    tree_norm,
+    tree_scale,
+    tree_size,
+    weights_like,
+)
 
 
 def own_magnitude(x: PyTree[Array], x0: PyTree[Array]) -> PyTree[Array]:

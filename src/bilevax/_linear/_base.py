@@ -12,8 +12,7 @@ from jaxtyping import Array, Int, PyTree, Scalar
 
 from .._as_written import OneLine
 from .._results import RESULTS
-from .._tree import tree_norm
-from ._common import largest_entry
+from .._tree import largest_entry, tree_norm
 from ._transposed import transposed
 
 

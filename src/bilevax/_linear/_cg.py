@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
+from .._checks import check_count, check_tolerance
 from .._results import RESULTS
 from .._tree import (
     tree_axpy,
@@ -18,7 +19,7 @@ from .._tree import (
     tree_where,
 )
 from ._base import AbstractIterativeLinearSolver, LinearSolution
-from ._common import check_count, check_tolerance, scaled_start, step_limit, target_norm
+from ._common import scaled_start, step_limit, target_norm
 
 # The recursive residual drifts away from b - A v. Where a bound on the drift passes a tenth
 # of the residual, one product measures it, at most every 50 steps (two per cent).

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree, Scalar
 
+from .._checks import check_count, check_tolerance
 from .._results import RESULTS
 from .._tree import (
+    signs_like,
     tree_all_finite,
     tree_axpy,
     tree_dot,
@@ -21,7 +23,7 @@ from .._tree import (
     tree_zeros_like,
 )
 from ._base import AbstractIterativeLinearSolver, LinearSolution
-from ._common import check_count, check_tolerance, scaled_start, signs_like, target_norm
+from ._common import scaled_start, target_norm
 from ._in_turn import factorise
 
 _CHECK_EVERY = 10

@@ -9,6 +9,8 @@ from jaxtyping import Array, Int, PyTree, Scalar
 
 from .._tree import (
     default_rtol,
+    largest_entry,
+    signs_like,
     tree_dot,
     tree_dtype,
     tree_norm,
@@ -19,28 +21,6 @@ from .._tree import (
 )
 
 _POWER_STEPS = 10
-
-
-def check_tolerance(name: str, **tolerances: float | Array | None) -> None:
-    """Raise unless every tolerance is `None`, traced, or a number that is not negative."""
-    for key, value in tolerances.items():
-        if isinstance(value, (int, float)) and not value >= 0:
-            raise ValueError(f"{name}({key}=...) must not be negative; got {value}.")
-
-
-def check_count(name: str, *, required: bool = False, **counts: int | None) -> None:
-    """Raise unless every count is a positive integer or, if not required, `None`."""
-    for key, value in counts.items():
-        if value is None and not required:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}({key}=...) must be a positive integer; got {value!r}.")
-
-
-def check_step_size(name: str, step_size: float | Array | None) -> None:
-    """Raise unless the step size is `None`, traced, or a positive number."""
-    if isinstance(step_size, (int, float)) and not step_size > 0:
-        raise ValueError(f"{name}(step_size=...) must be positive; got {step_size}.")
 
 
 def target_norm(
@@ -109,30 +89,6 @@ def largest_eigenvalue(matvec: Callable[[PyTree], PyTree], b: PyTree[Array]) -> 
     return norm
 
 
-def signs_like(x: Array) -> Array:
-    """A fixed pattern of signs without visible order."""
-    signs = 1 - 2 * (_hashes(x.size) >> 31).astype(jnp.int32)
-    return signs.astype(x.dtype).reshape(x.shape)
-
-
-def weights_like(x: Array, first: int) -> Array:
-    """Fixed numbers without visible order, of both signs and magnitudes from a half to one.
-
-    `first` is the place of the first entry in the sequence, which differs between leaves.
-    """
-    hashes = _hashes(x.size, first)
-    signs = 1 - 2 * (hashes >> 31).astype(jnp.float32)
-    magnitudes = 0.5 + ((hashes >> 15) & 0x7FFF).astype(jnp.float32) / 0xFFFF
-    return (signs * magnitudes).astype(x.dtype).reshape(x.shape)
-
-
-def _hashes(size: int, first: int = 0) -> Array:
-    """Multiplicative hashes of the numbers from `first` on."""
-    i = jnp.arange(first, first + size, dtype=jnp.uint32)
-    i = i * jnp.uint32(2654435761)
-    return (i ^ (i >> 15)) * jnp.uint32(2246822519)
-
-
 def find_step_size(
     step_size: float | Scalar | None, matvec: Callable[[PyTree], PyTree], b: PyTree[Array]
 ) -> tuple[Scalar, int]:
@@ -142,9 +98,3 @@ def find_step_size(
     # Five per cent for the underestimate; descent is stable up to twice this step.
     largest = 1.05 * largest_eigenvalue(matvec, b)
     return jnp.where(largest > 0, 1 / jnp.where(largest > 0, largest, 1), 1), _POWER_STEPS
-
-
-def largest_entry(a: PyTree[Array]) -> Scalar:
-    """The largest magnitude in a pytree, zero for an empty one; NaN if there is one."""
-    leaves = [jnp.max(jnp.abs(x), initial=0) for x in jtu.tree_leaves(a)]
-    return jnp.max(jnp.stack(leaves)) if leaves else jnp.zeros(())

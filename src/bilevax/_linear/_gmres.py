@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree, Scalar
 
+from .._checks import check_count, check_tolerance
 from .._results import RESULTS
 from .._tree import (
     tree_all_finite,
@@ -19,7 +20,7 @@ from .._tree import (
     tree_where,
 )
 from ._base import AbstractIterativeLinearSolver, LinearSolution
-from ._common import check_count, check_tolerance, scaled_start, step_limit, target_norm
+from ._common import scaled_start, step_limit, target_norm
 from ._in_turn import factorise
 
 

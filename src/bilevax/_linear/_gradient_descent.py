@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree, Scalar
 
+from .._checks import check_count, check_step_size, check_tolerance
 from .._results import RESULTS
 from .._tree import (
     tree_all_finite,
@@ -17,14 +18,7 @@ from .._tree import (
     tree_sub,
 )
 from ._base import AbstractIterativeLinearSolver, LinearSolution
-from ._common import (
-    check_count,
-    check_step_size,
-    check_tolerance,
-    find_step_size,
-    scaled_start,
-    target_norm,
-)
+from ._common import find_step_size, scaled_start, target_norm
 
 # The residual cannot grow at all if A is symmetric; otherwise it may for a while.
 _GROWTH = 10.0

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
+from .._checks import check_count, check_tolerance
 from .._results import RESULTS
 from .._tree import (
+    signs_like,
     tree_dot,
     tree_norm,
     tree_scale,
@@ -18,7 +20,7 @@ from .._tree import (
     unbounded,
 )
 from ._base import AbstractIterativeLinearSolver, LinearSolution
-from ._common import check_count, check_tolerance, scaled_start, signs_like, step_limit, target_norm
+from ._common import scaled_start, step_limit, target_norm
 from ._minres_pass import Pass, System, run_pass
 
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree, Scalar
 
+from .._checks import check_count, check_step_size
 from .._results import RESULTS
 from .._tree import tree_all_finite, tree_axpy, tree_norm, tree_scale
 from ._base import AbstractIterativeLinearSolver, LinearSolution
-from ._common import check_count, check_step_size, find_step_size, scaled_start
+from ._common import find_step_size, scaled_start
 
 # Growth of the terms that is no accident of rounding or of a matrix that is not normal.
 _GROWTH = 10.0

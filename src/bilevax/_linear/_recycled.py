@@ -9,6 +9,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Int, PyTree
 
+from .._checks import check_count
 from .._tree import (
     tree_all_finite,
     tree_dot,
@@ -19,7 +20,7 @@ from .._tree import (
 )
 from ._base import AbstractIterativeLinearSolver, LinearSolution
 from ._cg import CG, _start, _State, _step, _System
-from ._common import check_count, scaled_start
+from ._common import scaled_start
 from ._deflation import Kept, deflate
 from ._subspace import (
     append,

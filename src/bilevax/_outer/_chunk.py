@@ -12,9 +12,9 @@ from jaxtyping import Array, PyTree
 from .._hypergradient._base import STATS
 from .._hypergradient._structure import warn_of_structure
 from .._inner._default import as_inner_solver
+from .._jit import lean_jit
 from .._problem import Bilevel, check_values, start_at
 from .._results import RESULTS
-from .._tree import lean_jit
 from ._base import AbstractMethod, StepInfo
 from ._best import Best
 

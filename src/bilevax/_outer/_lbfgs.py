@@ -6,9 +6,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Scalar
 
+from .._checks import check_count
 from .._hypergradient._base import Estimate
 from .._inner._lbfgs_history import History, empty_history
-from .._linear._common import check_count
 from .._tree import tree_dot, tree_norm, tree_sub, tree_where
 from ._line_search import (
     Search,

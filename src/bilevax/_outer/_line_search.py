@@ -13,9 +13,9 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from .._hypergradient._base import Estimate
-from .._linear._common import largest_entry
 from .._tree import (
     is_bounded,
+    largest_entry,
     tree_all_finite,
     tree_axpy,
     tree_dot,

@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Int, PyTree, Scalar
 from .._hypergradient._base import Estimate, HypergradientState
 from .._hypergradient._implicit import Implicit
 from .._inner._default import as_inner_solver
-from .._linear._common import largest_entry
 from .._problem import Bilevel, start_at, strong_convexity
 from .._results import RESULTS
 from .._tree import (
     is_bounded,
+    largest_entry,
     tree_all_finite,
     tree_axpy,
     tree_dot,

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Scalar
 
+from .._checks import check_count
 from .._hypergradient._base import Estimate
-from .._linear._common import check_count
 from .._linear._in_turn import factorise
 from .._tree import (
     dense_columns,

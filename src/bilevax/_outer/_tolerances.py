@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree, Scalar
 
 from .._as_written import OneLine
+from .._checks import check_tolerance
 from .._hypergradient._adjoint import with_rtol
 from .._hypergradient._base import AbstractHypergradient
 from .._hypergradient._implicit import Implicit
 from .._inner._base import AbstractInnerSolver
 from .._linear import default_linear_solver
-from .._linear._common import check_tolerance
 from .._problem import AbstractCondition
 from .._tree import default_rtol, tree_dtype, tree_size
 

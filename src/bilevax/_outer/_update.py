@@ -15,15 +15,8 @@ from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._as_written import OneLine
 from .._hypergradient._base import Estimate
-from .._tree import (
-    Opaque,
-    optimizer_as_pytree,
-    standard_promotion,
-    strong,
-    tree_dot,
-    tree_sub,
-    unbounded,
-)
+from .._jit import Opaque, optimizer_as_pytree, standard_promotion
+from .._tree import strong, tree_dot, tree_sub, unbounded
 
 
 class Update(NamedTuple):

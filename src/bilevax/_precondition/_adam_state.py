@@ -7,8 +7,8 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from .._linear._common import largest_entry
 from .._problem import AbstractCondition
+from .._tree import largest_entry
 from ._base import AbstractPreconditioner, Apply, no_products
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Int, PyTree
 
-from .._linear._common import check_count
+from .._checks import check_count
 from .._problem import AbstractCondition
 from .._tree import tree_size
 from ._base import AbstractPreconditioner, Apply, no_products

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from .._linear._common import check_count
+from .._checks import check_count
 from .._linear._in_turn import factorise
 from .._linear._subspace import combine, empty_rows, gram, normalised, rows_dot, symmetric
 from .._problem import AbstractCondition

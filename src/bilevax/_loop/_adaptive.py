@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
-from .._linear._common import signs_like
-from .._tree import tree_norm, tree_sub, tree_zeros_like, unbounded
+from .._tree import signs_like, tree_norm, tree_sub, tree_zeros_like, unbounded
 from ._explicit import State, WayBack, repeat_with_way_back
 from ._loops import has_loops
 from ._probe import Probe, add_tap

@@ -10,8 +10,8 @@ import jax.tree_util as jtu
 from jax.interpreters import partial_eval
 from jaxtyping import Array, PyTree
 
-from .._tree import standard_promotion
-from ._derivative import is_symbolic
+from .._jit import standard_promotion
+from .._tree import is_symbolic
 from ._probe import Probe
 
 # In this file a carry is in two parts: its floating-point arrays, which have an adjoint,

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from .._inner._rewrite import rewrite, while_parts
 from .._tree import checkpointed_while_loop
+from ._rewrite import rewrite, while_parts
 
 # Carries kept of one such loop. A line search takes a few steps and a linear solve by CG
 # rarely more than 100, whose states are recomputed at most three times from 16.

@@ -1,0 +1,1 @@
+"""Loops that can be differentiated in little memory. Nothing here knows a problem."""
