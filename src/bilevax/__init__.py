@@ -33,18 +33,18 @@ from ._precondition import (
     Nystrom as Nystrom,
     QuasiNewton as QuasiNewton,
 )
-from ._hypergradient._implicit import Implicit as Implicit
-from ._hypergradient._minimum_norm import MinimumNorm as MinimumNorm
+from ._hypergradient.implicit._implicit import Implicit as Implicit
+from ._hypergradient.implicit._minimum_norm import MinimumNorm as MinimumNorm
 from ._loop._budget import MemoryBudget as MemoryBudget
-from ._hypergradient._unrolled import Unrolled as Unrolled
-from ._hypergradient._truncated import Truncated as Truncated
-from ._hypergradient._forward_mode import ForwardMode as ForwardMode
-from ._hypergradient._one_step import OneStep as OneStep
-from ._hypergradient._k_step import KStep as KStep
-from ._hypergradient._sama import SAMA as SAMA
-from ._hypergradient._jacobian_free import JacobianFree as JacobianFree
-from ._hypergradient._evolution import EvolutionStrategies as EvolutionStrategies
-from ._hypergradient._persistent import PersistentES as PersistentES
+from ._hypergradient.unrolled._unrolled import Unrolled as Unrolled
+from ._hypergradient.unrolled._truncated import Truncated as Truncated
+from ._hypergradient.unrolled._forward_mode import ForwardMode as ForwardMode
+from ._hypergradient.k_steps._one_step import OneStep as OneStep
+from ._hypergradient.k_steps._k_step import KStep as KStep
+from ._hypergradient.k_steps._sama import SAMA as SAMA
+from ._hypergradient.k_steps._jacobian_free import JacobianFree as JacobianFree
+from ._hypergradient.evolution._evolution import EvolutionStrategies as EvolutionStrategies
+from ._hypergradient.evolution._persistent import PersistentES as PersistentES
 from ._hypergradient._base import Estimate as Estimate
 from ._hypergradient._entry import argmin as argmin, hypergradient as hypergradient
 from ._hypergradient._several import hypergradients as hypergradients

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree, Scalar
 
 from ._results import RESULTS, SolveError
+from ._tree import debugged
 
 
 def fail_where(x: PyTree, failed: Bool[Array, "..."], result: RESULTS) -> PyTree:
@@ -91,3 +92,32 @@ def warn_above(x: PyTree[Array], seen: Scalar, most: float, message: str) -> PyT
     structure = jax.ShapeDtypeStruct(seen.shape, seen.dtype)
     nothing = jax.pure_callback(say, structure, seen, vmap_method="expand_dims")
     return jtu.tree_map(lambda a: a + nothing.astype(a.dtype), x)
+
+
+def or_fail(x: PyTree, result: RESULTS, throw: bool) -> PyTree:
+    """`x`; where `result` is a failure an error or, without `throw`, NaN."""
+    failed = result != RESULTS.successful
+    return error_if(x, result, failed) if throw else _poisoned(x, failed, jnp.nan)
+
+
+def error_if(x: PyTree, result: RESULTS, failed: Bool[Array, ""]) -> PyTree:
+    """`x`; an error where `failed`.
+
+    Where JAX looks for numbers that are lost, a lost one is returned: JAX then runs the whole
+    again outside of `jit`, and `locate` finds the user's line.
+    """
+    finds_nan, finds_infinity = debugged()
+    if finds_nan or finds_infinity:
+        is_lost = result == RESULTS.nonfinite
+        x, failed = _poisoned(x, is_lost, jnp.nan if finds_nan else jnp.inf), failed & ~is_lost
+    return fail_where(x, failed, result)
+
+
+def _poisoned(x: PyTree, failed: Bool[Array, ""], poison: float) -> PyTree:
+    # Added, so that the derivative is that of x: through a where it would be zero.
+    added = jnp.where(failed, poison, 0.0)
+
+    def add(a: Any) -> Any:
+        return a + added.astype(a.dtype) if eqx.is_inexact_array(a) else a
+
+    return jax.tree_util.tree_map(add, x)

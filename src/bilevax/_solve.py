@@ -18,8 +18,8 @@ from ._checks import check_positive
 from ._diagnose._recommend import recommend
 from ._hypergradient._base import AbstractHypergradient
 from ._hypergradient._entry import check_types, explained, is_unexplained
-from ._hypergradient._implicit import Implicit
 from ._hypergradient._locate import locate
+from ._hypergradient.implicit._implicit import Implicit
 from ._inner._external import External
 from ._outer._base import AbstractMethod
 from ._outer._best import choose

@@ -8,8 +8,8 @@ from jaxtyping import PyTree
 
 from .._hypergradient._base import AbstractHypergradient, Estimate
 from .._hypergradient._entry import hypergradient
-from .._hypergradient._implicit import Implicit
-from .._hypergradient._minimum_norm import MinimumNorm
+from .._hypergradient.implicit._implicit import Implicit
+from .._hypergradient.implicit._minimum_norm import MinimumNorm
 from .._inner._external import Given
 from .._problem import Bilevel
 from .._tree import default_rtol, tree_dtype, tree_norm, tree_size, tree_sub, tree_zeros_like

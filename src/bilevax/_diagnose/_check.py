@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from .._checks import check_count
 from .._hypergradient._base import AbstractHypergradient
 from .._hypergradient._entry import check_types
-from .._hypergradient._implicit import Implicit
+from .._hypergradient.implicit._implicit import Implicit
 from .._inner._newton_cg import NewtonCG
 from .._jit import standard_promotion
 from .._linear import GMRES

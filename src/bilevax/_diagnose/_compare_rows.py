@@ -6,8 +6,8 @@ from jaxtyping import PyTree
 
 from .._as_written import as_written
 from .._hypergradient._base import AbstractHypergradient
-from .._hypergradient._forward_mode import ForwardMode
-from .._hypergradient._through_steps import AbstractThroughSteps
+from .._hypergradient.unrolled._forward_mode import ForwardMode
+from .._hypergradient.unrolled._through_steps import AbstractThroughSteps
 from .._inner._base import AbstractInnerSolver
 from .._problem import Bilevel
 from .._results import RESULTS

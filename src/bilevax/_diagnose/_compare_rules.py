@@ -11,12 +11,12 @@ from jaxtyping import PyTree
 
 from .._as_written import as_written
 from .._hypergradient._base import AbstractHypergradient
-from .._hypergradient._forward_mode import ForwardMode
-from .._hypergradient._implicit import Implicit
-from .._hypergradient._minimum_norm import MinimumNorm
-from .._hypergradient._one_step import OneStep
-from .._hypergradient._truncated import Truncated
-from .._hypergradient._unrolled import Unrolled
+from .._hypergradient.implicit._implicit import Implicit
+from .._hypergradient.implicit._minimum_norm import MinimumNorm
+from .._hypergradient.k_steps._one_step import OneStep
+from .._hypergradient.unrolled._forward_mode import ForwardMode
+from .._hypergradient.unrolled._truncated import Truncated
+from .._hypergradient.unrolled._unrolled import Unrolled
 from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver
 from .._inner._default import as_inner_solver
 from .._inner._descent import Descent

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from .._hypergradient._implicit import Implicit
-from .._hypergradient._unrolled import Unrolled
+from .._hypergradient.implicit._implicit import Implicit
+from .._hypergradient.unrolled._unrolled import Unrolled
 from .._inner._base import AbstractSteppingSolver, InnerSolution, run
 from .._inner._external import wherever
 from .._jit import lean_jit

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
-from .._hypergradient._implicit import Implicit
+from .._hypergradient.implicit._implicit import Implicit
 from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver
 from .._linear import MINRES
 from .._problem import Bilevel

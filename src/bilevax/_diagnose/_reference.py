@@ -11,9 +11,9 @@ from jaxtyping import PyTree
 from .._as_written import as_written
 from .._hypergradient._base import AbstractHypergradient
 from .._hypergradient._entry import hypergradient
-from .._hypergradient._implicit import Implicit
-from .._hypergradient._minimum_norm import MinimumNorm
-from .._hypergradient._unrolled import Unrolled
+from .._hypergradient.implicit._implicit import Implicit
+from .._hypergradient.implicit._minimum_norm import MinimumNorm
+from .._hypergradient.unrolled._unrolled import Unrolled
 from .._inner._base import AbstractInnerSolver
 from .._linear import CG, GMRES, Direct
 from .._linear._solve_linear import DIRECT_SIZE

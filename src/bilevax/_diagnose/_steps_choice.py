@@ -5,8 +5,8 @@ from typing import Any
 from jaxtyping import PyTree
 
 from .._hypergradient._base import AbstractHypergradient
-from .._hypergradient._forward_mode import ForwardMode
-from .._hypergradient._unrolled import Unrolled
+from .._hypergradient.unrolled._forward_mode import ForwardMode
+from .._hypergradient.unrolled._unrolled import Unrolled
 from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver
 from .._inner._descent import Descent
 from .._loop._budget import MemoryBudget

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._hypergradient._base import Estimate
-from .._hypergradient._implicit import Implicit
-from .._hypergradient._minimum_norm import MinimumNorm
+from .._hypergradient.implicit._implicit import Implicit
+from .._hypergradient.implicit._minimum_norm import MinimumNorm
 from .._linear import CG, GMRES, MINRES, Neumann
 from .._linear._solve_linear import DIRECT_SIZE
 from .._precondition import Jacobi

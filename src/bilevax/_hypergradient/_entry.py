@@ -30,16 +30,16 @@ from .._problem import (
     start_as_arrays,
     start_at,
 )
-from .._raise import unwrapped
+from .._raise import error_if, unwrapped
 from .._results import RESULTS, SolveError
 from .._tree import is_traced, stop_gradient
 from ._base import AbstractHypergradient, Estimate, HypergradientState
 from ._hoist import Hoisted
-from ._implicit import Implicit, error_if
 from ._locate import locating
-from ._minimum_norm import MinimumNorm
 from ._sharded import by_device
 from ._structure import warn_of_structure
+from .implicit._implicit import Implicit
+from .implicit._minimum_norm import MinimumNorm
 
 # Made once: making an Equinox module takes longer than many a hypergradient.
 _DEFAULT = Implicit()

@@ -15,13 +15,13 @@ from .._linear import LinearSolution
 from .._problem import Bilevel, as_arrays, prepare
 from .._results import RESULTS, first_failure
 from .._tree import flat_to_tree, map_rows, tree_basis, tree_size
-from ._adjoint import first_of_batch, reached
 from ._base import as_stats
 from ._entry import check_types, raise_failure
-from ._implicit import Implicit
 from ._linearise import linearise
 from ._locate import locating
-from ._tangent import tangent_columns
+from .implicit._adjoint import first_of_batch, reached
+from .implicit._implicit import Implicit
+from .implicit._tangent import tangent_columns
 
 
 class Jacobian(eqx.Module):

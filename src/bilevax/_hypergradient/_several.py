@@ -24,14 +24,14 @@ from .._problem import (
 )
 from .._results import RESULTS, first_failure
 from .._tree import map_rows, tree_all_finite, tree_sub
-from ._adjoint import first_of_batch, reached, strictest
 from ._base import Estimate, as_stats
 from ._derivative import refuse_derivative
 from ._entry import check_types, raise_failure
-from ._evidence import dual_value
-from ._implicit import Implicit
 from ._linearise import linearise
 from ._locate import locating
+from .implicit._adjoint import first_of_batch, reached, strictest
+from .implicit._evidence import dual_value
+from .implicit._implicit import Implicit
 
 
 def hypergradients(

@@ -13,8 +13,8 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from .._hypergradient._base import AbstractHypergradient, HypergradientState
-from .._hypergradient._implicit import Implicit
-from .._hypergradient._minimum_norm import MinimumNorm
+from .._hypergradient.implicit._implicit import Implicit
+from .._hypergradient.implicit._minimum_norm import MinimumNorm
 from .._inner._base import AbstractInnerSolver
 from .._inner._default import as_inner_solver
 from .._inner._external import External, wherever

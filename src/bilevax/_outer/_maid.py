@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from .._hypergradient._base import Estimate, HypergradientState
-from .._hypergradient._implicit import Implicit
+from .._hypergradient.implicit._implicit import Implicit
 from .._inner._default import as_inner_solver
 from .._problem import Bilevel, start_at, strong_convexity
 from .._results import RESULTS

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree
 
-from .._hypergradient._adjoint import with_rtol
 from .._hypergradient._base import Estimate
+from .._hypergradient.implicit._adjoint import with_rtol
 from .._linear import default_linear_solver, solve_linear, verify
 from .._problem import AbstractCondition
 from .._results import RESULTS

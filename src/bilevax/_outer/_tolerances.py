@@ -10,9 +10,9 @@ from jaxtyping import Array, Int, PyTree, Scalar
 
 from .._as_written import OneLine
 from .._checks import check_tolerance
-from .._hypergradient._adjoint import with_rtol
 from .._hypergradient._base import AbstractHypergradient
-from .._hypergradient._implicit import Implicit
+from .._hypergradient.implicit._adjoint import with_rtol
+from .._hypergradient.implicit._implicit import Implicit
 from .._inner._base import AbstractInnerSolver
 from .._linear import default_linear_solver
 from .._problem import AbstractCondition

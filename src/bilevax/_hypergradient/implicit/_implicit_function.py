@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
-from .._tree import is_symbolic, stop_gradient
+from ..._tree import is_symbolic, stop_gradient
 
 
 class System(NamedTuple):

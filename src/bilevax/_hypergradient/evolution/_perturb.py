@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar
 
-from .._checks import check_positive
-from .._inner._base import AbstractInnerSolver, Counts
-from .._inner._batches import check_key
-from .._inner._external import External, Given
-from .._problem import AbstractCondition, Bilevel
-from .._results import RESULTS
-from .._tree import is_traced, tree_all_finite, tree_norm
-from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
+from ..._checks import check_positive
+from ..._inner._base import AbstractInnerSolver, Counts
+from ..._inner._batches import check_key
+from ..._inner._external import External, Given
+from ..._problem import AbstractCondition, Bilevel
+from ..._results import RESULTS
+from ..._tree import is_traced, tree_all_finite, tree_norm
+from .._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
 
 
 class AbstractEvolution(AbstractHypergradient):

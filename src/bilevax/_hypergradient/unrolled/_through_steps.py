@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts
-from .._loop._loops import differentiable_loops
-from .._loop._probe import Probe, growth, largest_growth, new_probe, tap_end
-from .._loop._scan import Checkpoints, repeat
-from .._problem import AbstractCondition, Bilevel, start_at
-from .._results import RESULTS
-from .._tree import tree_all_finite, tree_dtype
+from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts
+from ..._loop._loops import differentiable_loops
+from ..._loop._probe import Probe, growth, largest_growth, new_probe, tap_end
+from ..._loop._scan import Checkpoints, repeat
+from ..._problem import AbstractCondition, Bilevel, start_at
+from ..._raise import or_fail
+from ..._results import RESULTS
+from ..._tree import tree_all_finite, tree_dtype
+from .._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
 from ._agreement import LARGEST_ERROR, convergence, judged
-from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
-from ._implicit import or_fail
 from ._watched import Steps, residual_of, watched
 
 # x, the solver's state for the next solve, the steps taken, the steps differentiated

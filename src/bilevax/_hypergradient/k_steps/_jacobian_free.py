@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 from jaxtyping import Array, PyTree, Scalar
 
-from .._checks import check_step_size
-from .._inner._base import AbstractInnerSolver
-from .._problem import AbstractCondition, Bilevel, FixedPoint, Root
-from ._base import AbstractHypergradient, Estimate, HypergradientState
-from ._implicit import Implicit
+from ..._checks import check_step_size
+from ..._inner._base import AbstractInnerSolver
+from ..._problem import AbstractCondition, Bilevel, FixedPoint, Root
+from .._base import AbstractHypergradient, Estimate, HypergradientState
+from ..implicit._implicit import Implicit
 from ._series import StepSeries, apply_series, estimate_by_series, solution_by_series
 
 

@@ -10,24 +10,19 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
-from .._checks import check_positive, check_tolerance
-from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, run
-from .._inner._measured import AbstractMeasuredMinimiser
-from .._inner._optimistix import Optimistix
-from .._loop._adaptive import repeat_until_negligible
-from .._loop._probe import Probe, check_growth
-from .._loop._scan import Checkpoints, check_checkpoints, num_checkpoints
-from .._problem import AbstractCondition, Bilevel, start_at
-from .._results import RESULTS, first_failure
-from .._tree import checkpointed_while_loop, lax_while_loop, stop_gradient, tree_norm
+from ..._checks import check_positive, check_tolerance
+from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, run
+from ..._inner._measured import AbstractMeasuredMinimiser
+from ..._inner._optimistix import Optimistix
+from ..._loop._adaptive import repeat_until_negligible
+from ..._loop._probe import Probe, check_growth
+from ..._loop._scan import Checkpoints, check_checkpoints, num_checkpoints
+from ..._problem import AbstractCondition, Bilevel, start_at
+from ..._results import RESULTS, first_failure
+from ..._tree import checkpointed_while_loop, lax_while_loop, stop_gradient, tree_norm
+from .._base import Estimate, HypergradientState, as_stats
 from ._agreement import LARGEST_ERROR, LARGEST_TRUNCATION
-from ._base import Estimate, HypergradientState, as_stats
-from ._through_steps import (
-    AbstractThroughSteps,
-    Unrolling,
-    estimate_through,
-    repeat_until_done,
-)
+from ._through_steps import AbstractThroughSteps, Unrolling, estimate_through, repeat_until_done
 from ._unrolled import Unrolled
 from ._watched import steps_of_call, watched
 

@@ -7,19 +7,13 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, PyTree, Scalar
 
-from .._checks import check_positive, check_step_size
-from .._inner._base import AbstractInnerSolver
-from .._inner._optimistix import Optimistix
-from .._problem import AbstractCondition, Bilevel, FixedPoint, Root
-from ._base import AbstractHypergradient, Estimate, HypergradientState
-from ._implicit import Implicit
-from ._own_steps import (
-    apply_steps,
-    estimate_by_steps,
-    has_own_steps,
-    solution_by_steps,
-    unwrapped,
-)
+from ..._checks import check_positive, check_step_size
+from ..._inner._base import AbstractInnerSolver
+from ..._inner._optimistix import Optimistix
+from ..._problem import AbstractCondition, Bilevel, FixedPoint, Root
+from .._base import AbstractHypergradient, Estimate, HypergradientState
+from ..implicit._implicit import Implicit
+from ._own_steps import apply_steps, estimate_by_steps, has_own_steps, solution_by_steps, unwrapped
 from ._series import StepSeries, apply_series, estimate_by_series, solution_by_series
 
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar
 
-from .._linear._common import largest_eigenvalue
-from .._problem import Bilevel, objective
-from .._tree import tree_dot, tree_norm, tree_size
-from ._linearise import linearise
+from ..._linear._common import largest_eigenvalue
+from ..._problem import Bilevel, objective
+from ..._tree import tree_dot, tree_norm, tree_size
+from .._linearise import linearise
 
 # The power method underestimates; after ten steps by little.
 _NORM_MARGIN = 1.1

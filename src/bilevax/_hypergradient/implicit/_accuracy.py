@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
-from .._inner._base import AbstractInnerSolver, Counts, InnerSolution
-from .._inner._newton_cg import NewtonCG
-from .._inner._optimistix import Optimistix
-from .._precondition._base import AbstractPreconditioner
-from .._problem import Bilevel
-from .._results import RESULTS
-from .._tree import tree_dtype, tree_norm, tree_size
+from ..._inner._base import AbstractInnerSolver, Counts, InnerSolution
+from ..._inner._newton_cg import NewtonCG
+from ..._inner._optimistix import Optimistix
+from ..._precondition._base import AbstractPreconditioner
+from ..._problem import Bilevel
+from ..._results import RESULTS
+from ..._tree import tree_dtype, tree_norm, tree_size
+from .._base import Estimate, HypergradientState, as_stats
 from ._adjoint import DENSE_EVIDENCE, evidence_solver
-from ._base import Estimate, HypergradientState, as_stats
 from ._evidence import dual_value, with_bound
 from ._refine import Refined, refine, start
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree, Scalar
 
-from .._inner._asked import asked_of
-from .._inner._base import Counts, measure
-from .._linear import CG, GMRES, solve_linear, verify
-from .._problem import AbstractCondition, Bilevel
-from .._results import RESULTS, first_failure
-from .._tree import default_rtol, signs_like, tree_dtype, tree_norm, tree_sub, unbounded
-from ._base import Estimate
+from ..._inner._asked import asked_of
+from ..._inner._base import Counts, measure
+from ..._linear import CG, GMRES, solve_linear, verify
+from ..._problem import AbstractCondition, Bilevel
+from ..._results import RESULTS, first_failure
+from ..._tree import default_rtol, signs_like, tree_dtype, tree_norm, tree_sub, unbounded
+from .._base import Estimate
 
 # At a solution `A J + B = 0`, J the derivative of x in theta. Hence for every v
 # `J'(A v) = -B'v`, and with `A v = d_x L` the way back through the steps must have found

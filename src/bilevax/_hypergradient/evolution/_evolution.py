@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar
 
-from .._inner._base import AbstractInnerSolver
-from .._problem import Bilevel, start_at
-from ._base import Estimate, HypergradientState
+from ..._inner._base import AbstractInnerSolver
+from ..._problem import Bilevel, start_at
+from .._base import Estimate, HypergradientState
 from ._perturb import (
     AbstractEvolution,
     as_sigma,

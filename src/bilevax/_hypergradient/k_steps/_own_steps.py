@@ -10,15 +10,15 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
-from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, run
-from .._inner._descent import Descent
-from .._inner._optimistix import Optimistix
-from .._loop._scan import repeat
-from .._problem import AbstractCondition, Bilevel, start_at
-from .._results import RESULTS
-from .._tree import lax_while_loop, stop_gradient, tree_all_finite, tree_dtype, tree_norm
-from ._base import Estimate, HypergradientState, as_stats
-from ._implicit import or_fail
+from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, run
+from ..._inner._descent import Descent
+from ..._inner._optimistix import Optimistix
+from ..._loop._scan import repeat
+from ..._problem import AbstractCondition, Bilevel, start_at
+from ..._raise import or_fail
+from ..._results import RESULTS
+from ..._tree import lax_while_loop, stop_gradient, tree_all_finite, tree_dtype, tree_norm
+from .._base import Estimate, HypergradientState, as_stats
 from ._series import MOST_LEFT, geometric_remainder, warn_of_what_is_left
 
 Step = Callable[[PyTree], PyTree]

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Int, PyTree
 
-from .._checks import check_positive
-from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, run
-from .._problem import Bilevel, is_start_function, start_at
-from .._results import RESULTS
-from .._tree import strong, tree_where, tree_zeros_like
-from ._base import Estimate, HypergradientState
+from ..._checks import check_positive
+from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, run
+from ..._problem import Bilevel, is_start_function, start_at
+from ..._results import RESULTS
+from ..._tree import strong, tree_where, tree_zeros_like
+from .._base import Estimate, HypergradientState
 from ._perturb import (
     AbstractEvolution,
     as_sigma,

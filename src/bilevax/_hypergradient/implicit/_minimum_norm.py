@@ -9,14 +9,15 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Bool, PyTree, Scalar
 
-from .._checks import check_count
-from .._inner._asked import asked_of
-from .._inner._base import AbstractInnerSolver, Counts
-from .._linear import Direct, LinearSolution, default_linear_solver, solve_linear, verify
-from .._linear._minres import MINRES
-from .._problem import AbstractCondition, Bilevel, start_at
-from .._results import RESULTS, first_failure
-from .._tree import (
+from ..._checks import check_count
+from ..._inner._asked import asked_of
+from ..._inner._base import AbstractInnerSolver, Counts
+from ..._linear import Direct, LinearSolution, default_linear_solver, solve_linear, verify
+from ..._linear._minres import MINRES
+from ..._problem import AbstractCondition, Bilevel, start_at
+from ..._raise import or_fail
+from ..._results import RESULTS, first_failure
+from ..._tree import (
     default_rtol,
     flat_to_tree,
     is_bounded,
@@ -30,19 +31,12 @@ from .._tree import (
     tree_size,
     tree_sub,
 )
-from ._adjoint import (
-    DENSE_EVIDENCE,
-    Reached,
-    direct_at,
-    first_of_batch,
-    reached,
-    strictest,
-)
-from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, estimate_of
-from ._derivative import refuse_derivative
+from .._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, estimate_of
+from .._derivative import refuse_derivative
+from .._linearise import Linearised, Outer, linearise, outer_at
+from ._adjoint import DENSE_EVIDENCE, Reached, direct_at, first_of_batch, reached, strictest
 from ._evidence import dual_value
-from ._implicit import Implicit, is_gradient, or_fail
-from ._linearise import Linearised, Outer, linearise, outer_at
+from ._implicit import Implicit, is_gradient
 from ._tangent import tangent_columns
 
 # A null space smaller than this part of a random vector is rounding.

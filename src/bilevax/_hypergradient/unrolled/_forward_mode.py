@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._checks import check_positive
-from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, run
-from .._problem import AbstractCondition, Bilevel, start_at
-from .._results import RESULTS
-from .._tree import (
+from ..._checks import check_positive
+from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, run
+from ..._problem import AbstractCondition, Bilevel, start_at
+from ..._raise import or_fail
+from ..._results import RESULTS
+from ..._tree import (
     flat_to_tree,
     is_symbolic,
     lax_while_loop,
@@ -21,10 +22,9 @@ from .._tree import (
     tree_basis,
     tree_size,
 )
+from .._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
+from .._derivative import refuse_backward, unmoved
 from ._agreement import convergence, judged
-from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
-from ._derivative import refuse_backward, unmoved
-from ._implicit import or_fail
 from ._watched import Steps, residual_of, steps_of_call, watched
 
 

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree, Scalar
 
-from .._inner._asked import asked_of
-from .._inner._descent import Descent, is_quasi_newton
-from .._problem import Root
-from .._results import RESULTS
-from .._tree import (
+from ..._inner._asked import asked_of
+from ..._inner._descent import Descent, is_quasi_newton
+from ..._problem import Root
+from ..._raise import or_fail
+from ..._results import RESULTS
+from ..._tree import (
     is_symbolic,
     stop_gradient,
     tangent_or_zero,
@@ -30,10 +31,10 @@ from .._tree import (
     tree_zeros_like,
     where_needed,
 )
+from .._sharded import varying
+from ..implicit._implicit import is_gradient
 from ._agreement import LARGEST_ERROR, Convergence, convergence, disagreement, implied
-from ._implicit import is_gradient, or_fail
 from ._looking import looking
-from ._sharded import varying
 
 # Steps after which an error of x is that of its derivative, where their number is not known.
 _MANY = 100

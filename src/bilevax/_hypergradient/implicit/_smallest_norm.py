@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
-from .._linear import DIRECT_SIZE, LinearSolution, solve_linear, verify
-from .._linear._minres import MINRES
-from .._results import RESULTS
-from .._tree import (
+from ..._linear import DIRECT_SIZE, LinearSolution, solve_linear, verify
+from ..._linear._minres import MINRES
+from ..._results import RESULTS
+from ..._tree import (
     default_rtol,
     is_bounded,
     signs_like,

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree, Scalar
 
-from .._inner._base import AbstractInnerSolver, Counts
-from .._linear import LinearSolution, Neumann, verify
-from .._linear._base import AbstractIterativeLinearSolver
-from .._linear._common import find_step_size
-from .._problem import AbstractCondition, Bilevel, start_at
-from .._raise import warn_above
-from .._results import RESULTS, first_failure
-from .._tree import (
+from ..._inner._base import AbstractInnerSolver, Counts
+from ..._linear import LinearSolution, Neumann, verify
+from ..._linear._base import AbstractIterativeLinearSolver
+from ..._linear._common import find_step_size
+from ..._problem import AbstractCondition, Bilevel, start_at
+from ..._raise import or_fail, warn_above
+from ..._results import RESULTS, first_failure
+from ..._tree import (
     lax_while_loop,
     stop_gradient,
     tree_all_finite,
@@ -26,11 +26,11 @@ from .._tree import (
     tree_zeros_like,
     unbounded,
 )
-from ._base import Estimate, HypergradientState, as_stats
-from ._evidence import dual_value
-from ._implicit import is_gradient, or_fail, solved_or_fail
-from ._implicit_function import System, attach_derivative
-from ._linearise import linearise, outer_at
+from .._base import Estimate, HypergradientState, as_stats
+from .._linearise import linearise, outer_at
+from ..implicit._evidence import dual_value
+from ..implicit._implicit import is_gradient, solved_or_fail
+from ..implicit._implicit_function import System, attach_derivative
 
 # A residual above this is worse than no answer at all, which has one.
 MOST_LEFT = 1.1

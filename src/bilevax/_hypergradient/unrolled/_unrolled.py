@@ -6,15 +6,15 @@ from functools import partial
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from .._checks import check_positive
-from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver
-from .._loop._loops import differentiable_loops
-from .._loop._probe import Probe, check_growth, tap
-from .._loop._scan import Checkpoints, check_checkpoints, num_checkpoints
-from .._problem import AbstractCondition, Bilevel, start_at
-from .._tree import checkpointed_while_loop, stop_gradient
-from ._base import Estimate, HypergradientState, estimate_of
-from ._derivative import refuse_backward, refuse_derivative, unmoved
+from ..._checks import check_positive
+from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver
+from ..._loop._loops import differentiable_loops
+from ..._loop._probe import Probe, check_growth, tap
+from ..._loop._scan import Checkpoints, check_checkpoints, num_checkpoints
+from ..._problem import AbstractCondition, Bilevel, start_at
+from ..._tree import checkpointed_while_loop, stop_gradient
+from .._base import Estimate, HypergradientState, estimate_of
+from .._derivative import refuse_backward, refuse_derivative, unmoved
 from ._through_steps import AbstractThroughSteps, Unrolling, estimate_through, repeat_until_done
 from ._watched import steps_of_call, watched
 

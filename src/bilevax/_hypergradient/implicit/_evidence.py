@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Scalar
 
-from .._inner._base import Counts
-from .._linear import solve_linear
-from .._problem import Bilevel, strong_convexity
-from .._results import RESULTS, first_failure
-from .._tree import default_rtol, tree_dot, tree_norm, tree_scale, unbounded
+from ..._inner._base import Counts
+from ..._linear import solve_linear
+from ..._problem import Bilevel, strong_convexity
+from ..._results import RESULTS, first_failure
+from ..._tree import default_rtol, tree_dot, tree_norm, tree_scale, unbounded
+from .._base import Estimate
+from .._linearise import Linearised, outer_at
 from ._adjoint import evidence_solver
-from ._base import Estimate
 from ._bound import BOUND_PRODUCTS, error_bound
-from ._linearise import Linearised, outer_at
 from ._refine import Refined, refine_twice, start
 
 # An estimate of an error needs no more digits than this.

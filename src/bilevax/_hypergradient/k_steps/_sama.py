@@ -11,23 +11,16 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
-from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts
-from .._inner._descent import Descent
-from .._inner._optimistix import Optimistix
-from .._problem import AbstractCondition, Bilevel, Minimum, objective, start_at
-from .._results import RESULTS
-from .._tree import (
-    stop_gradient,
-    tree_all_finite,
-    tree_dot,
-    tree_norm,
-    tree_sub,
-    tree_zeros_like,
-)
-from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
-from ._evidence import dual_value
-from ._implicit import Implicit
-from ._linearise import linearise, outer_at
+from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts
+from ..._inner._descent import Descent
+from ..._inner._optimistix import Optimistix
+from ..._problem import AbstractCondition, Bilevel, Minimum, objective, start_at
+from ..._results import RESULTS
+from ..._tree import stop_gradient, tree_all_finite, tree_dot, tree_norm, tree_sub, tree_zeros_like
+from .._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
+from .._linearise import linearise, outer_at
+from ..implicit._evidence import dual_value
+from ..implicit._implicit import Implicit
 from ._own_steps import (
     apply_steps,
     derivative_of,

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from jaxtyping import Array, PyTree, Scalar
 
-from .._checks import check_step_size
-from .._inner._base import AbstractInnerSolver
-from .._problem import AbstractCondition, Bilevel
-from ._base import AbstractHypergradient, Estimate, HypergradientState
+from ..._checks import check_step_size
+from ..._inner._base import AbstractInnerSolver
+from ..._problem import AbstractCondition, Bilevel
+from .._base import AbstractHypergradient, Estimate, HypergradientState
 from ._k_step import KStep
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,10 +10,10 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, PyTree, Scalar
 
-from .._checks import check_tolerance
-from .._inner._asked import Asked, asked_of
-from .._inner._base import AbstractInnerSolver, Counts
-from .._linear import (
+from ..._checks import check_tolerance
+from ..._inner._asked import Asked, asked_of
+from ..._inner._base import AbstractInnerSolver, Counts
+from ..._linear import (
     DIRECT_SIZE,
     AbstractIterativeLinearSolver,
     Direct,
@@ -23,13 +22,12 @@ from .._linear import (
     resume_linear,
     verify,
 )
-from .._linear._transposed import transposed
-from .._precondition._base import AbstractPreconditioner, as_preconditioner
-from .._problem import AbstractCondition, Bilevel, start_at
-from .._raise import fail_where
-from .._results import RESULTS, first_failure
-from .._tree import (
-    debugged,
+from ..._linear._transposed import transposed
+from ..._precondition._base import AbstractPreconditioner, as_preconditioner
+from ..._problem import AbstractCondition, Bilevel, start_at
+from ..._raise import or_fail
+from ..._results import RESULTS, first_failure
+from ..._tree import (
     largest_entry,
     lax_while_loop,
     stop_gradient,
@@ -39,13 +37,13 @@ from .._tree import (
     tree_sub,
     tree_zeros_like,
 )
+from .._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, estimate_of
+from .._derivative import with_derivative
+from .._linearise import Linearised, linearise, outer_at
 from ._accuracy import estimate_to_accuracy, first_tolerances
 from ._adjoint import Reached, direct_at, in_own_scale, reached
-from ._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, estimate_of
-from ._derivative import with_derivative
 from ._evidence import damping_bias, dual_value, with_evidence
 from ._implicit_function import System, attach_derivative
-from ._linearise import Linearised, linearise, outer_at
 from ._smallest_norm import smallest_norm
 
 
@@ -558,35 +556,6 @@ def _solve_alone(rule: Implicit, system: System, b: PyTree, *, is_symmetric: boo
     if is_free:
         adjoint = smallest_norm(adjoint, system.matvec, system.cross, b)
     return solved_or_fail(adjoint, b, True)
-
-
-def or_fail(x: PyTree, result: RESULTS, throw: bool) -> PyTree:
-    """`x`; where `result` is a failure an error or, without `throw`, NaN."""
-    failed = result != RESULTS.successful
-    return error_if(x, result, failed) if throw else _poisoned(x, failed, jnp.nan)
-
-
-def error_if(x: PyTree, result: RESULTS, failed: Bool[Array, ""]) -> PyTree:
-    """`x`; an error where `failed`.
-
-    Where JAX looks for numbers that are lost, a lost one is returned: JAX then runs the whole
-    again outside of `jit`, and `locate` finds the user's line.
-    """
-    finds_nan, finds_infinity = debugged()
-    if finds_nan or finds_infinity:
-        is_lost = result == RESULTS.nonfinite
-        x, failed = _poisoned(x, is_lost, jnp.nan if finds_nan else jnp.inf), failed & ~is_lost
-    return fail_where(x, failed, result)
-
-
-def _poisoned(x: PyTree, failed: Bool[Array, ""], poison: float) -> PyTree:
-    # Added, so that the derivative is that of x: through a where it would be zero.
-    added = jnp.where(failed, poison, 0.0)
-
-    def add(a: Any) -> Any:
-        return a + added.astype(a.dtype) if eqx.is_inexact_array(a) else a
-
-    return jax.tree_util.tree_map(add, x)
 
 
 def solved_or_fail(solution: LinearSolution, b: PyTree, throw: bool) -> PyTree:

@@ -9,11 +9,11 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
-from .._problem import Bilevel
-from .._results import RESULTS
-from .._tree import signs_like, tree_norm, tree_size, tree_sub, tree_zeros_like, unbounded
+from ..._problem import Bilevel
+from ..._results import RESULTS
+from ..._tree import signs_like, tree_norm, tree_size, tree_sub, tree_zeros_like, unbounded
+from .._linearise import linearise, outer_at
 from ._adjoint import newton_steps
-from ._linearise import linearise, outer_at
 
 _ROUNDING = 10.0
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._linear import LinearSolution
-from .._problem import AbstractCondition
-from .._tree import map_rows, tree_basis
-from ._linearise import Linearised
+from ..._linear import LinearSolution
+from ..._problem import AbstractCondition
+from ..._tree import map_rows, tree_basis
+from .._linearise import Linearised
 
 
 def tangent_columns(

@@ -1,0 +1,1 @@
+"""The derivative of a smoothed problem, from values."""

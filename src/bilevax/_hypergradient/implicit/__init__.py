@@ -1,0 +1,1 @@
+"""The derivative of the inner solution as a point: one adjoint system."""

@@ -1,0 +1,1 @@
+"""The derivative of a few more steps at the inner solution."""

@@ -1,0 +1,1 @@
+"""The derivative of the steps that were taken."""
