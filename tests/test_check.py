@@ -14,14 +14,14 @@ import pytest
 
 import bilevax as bx
 import bilevax.testing as bt
-from bilevax._diagnose._differences import slope
-from bilevax._diagnose._lanczos import (
+from bilevax._diagnose.check._reasons import _CAUSES
+from bilevax._diagnose.measure._differences import slope
+from bilevax._diagnose.measure._lanczos import (
     growth_rate,
     largest_singular_value,
     ritz_values,
     tridiagonalise,
 )
-from bilevax._diagnose._reasons import _CAUSES
 
 EPS = float(np.finfo(float).eps)
 

@@ -54,6 +54,48 @@ def test_imports_go_one_way():
     assert [v for p in FILES for v in upward_imports((SOURCE / p).read_text(), p)] == []
 
 
+def graph(files: dict[str, str]) -> dict[str, set[str]]:
+    """Which modules each module imports; `files` maps `bilevax._inner._base` to its source."""
+    edges: dict[str, set[str]] = {module: set() for module in files}
+    for module, source in files.items():
+        package = module.split(".")[:-1]
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = package[: len(package) + 1 - node.level]
+                names = [*base, *(node.module or "").split(".")]
+                name = ".".join(part for part in names if part)
+                for target in (name, *(f"{name}.{alias.name}" for alias in node.names)):
+                    edges[module] |= {target} & files.keys()
+    return edges
+
+
+def circle(edges: dict[str, set[str]]) -> set[str]:
+    """The modules that import each other, through others or not, and what lies between."""
+    left = dict(edges)
+    while ends := [m for m, found in left.items() if not found & left.keys()]:
+        for module in ends:
+            del left[module]
+    return set(left)
+
+
+def test_no_module_imports_itself_through_others():
+    names = {".".join(("bilevax", *path.with_suffix("").parts)): path for path in FILES}
+    modules = {name: (SOURCE / path).read_text() for name, path in names.items()}
+    edges = graph(modules)
+    assert sum(map(len, edges.values())) > 500  # it sees the imports
+    assert circle(edges) == set()
+
+
+def test_a_circle_is_found():
+    files = {
+        "bilevax._x._a": "from ._b import f",
+        "bilevax._x._b": "def f():\n    from .._x import _c",
+        "bilevax._x._c": "from .._x._a import g",
+        "bilevax._x._d": "from ._a import h",
+    }
+    assert circle(graph(files)) == {f"bilevax._x._{k}" for k in "abcd"}
+
+
 @pytest.mark.parametrize(
     ("path", "source"),
     [

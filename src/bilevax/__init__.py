@@ -57,16 +57,16 @@ from ._outer._tolerances import (
     ExponentialTolerance as ExponentialTolerance,
     PolynomialTolerance as PolynomialTolerance,
 )
-from ._diagnose._base import Check as Check, Comparison as Comparison
-from ._diagnose._check import check as check
-from ._diagnose._comparison import (
+from ._diagnose.check._record import Check as Check, Comparison as Comparison
+from ._diagnose.check._check import check as check
+from ._diagnose.compare._record import (
     ErrorCurve as ErrorCurve,
     MeasuredRule as MeasuredRule,
     RuleComparison as RuleComparison,
 )
-from ._diagnose._compare import compare as compare
-from ._diagnose._recommendation import Recommendation as Recommendation
-from ._diagnose._recommend import recommend as recommend
+from ._diagnose.compare._compare import compare as compare
+from ._diagnose.recommend._record import Recommendation as Recommendation
+from ._diagnose.recommend._recommend import recommend as recommend
 from ._solve import solve as solve
 from ._report._progress import Progress as Progress
 from ._report._history import History as History

@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from ._as_written import as_written
 from ._checks import check_positive
-from ._diagnose._recommend import recommend
+from ._diagnose.recommend._recommend import recommend
 from ._hypergradient._base import AbstractHypergradient
 from ._hypergradient._entry import check_types, explained, is_unexplained
 from ._hypergradient._locate import locate

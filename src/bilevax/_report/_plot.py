@@ -1,16 +1,13 @@
 """Pictures."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from .._diagnose._picture import import_pyplot
-
-if TYPE_CHECKING:
-    from ._history import History
+from .._shown import import_pyplot
 
 
-def plot_history(history: "History", axes: Any = None) -> Any:
+def plot_history(history: Any, axes: Any = None) -> Any:
     """Three panels: value; hypergradient and residuals; oracle calls."""
     if axes is None:
         _, axes = import_pyplot().subplots(1, 3, figsize=(13, 3.6), layout="constrained")

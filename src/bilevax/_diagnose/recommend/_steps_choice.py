@@ -4,16 +4,16 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from .._hypergradient._base import AbstractHypergradient
-from .._hypergradient.unrolled._forward_mode import ForwardMode
-from .._hypergradient.unrolled._unrolled import Unrolled
-from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver
-from .._inner._descent import Descent
-from .._loop._budget import MemoryBudget
-from .._problem import is_start_function
-from .._tree import tree_size
+from ..._hypergradient._base import AbstractHypergradient
+from ..._hypergradient.unrolled._forward_mode import ForwardMode
+from ..._hypergradient.unrolled._unrolled import Unrolled
+from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver
+from ..._inner._descent import Descent
+from ..._loop._budget import MemoryBudget
+from ..._problem import is_start_function
+from ..._tree import tree_size
+from ..measure._prospect import Inner
 from ._choice import STEP_BACK, STEP_FORWARD_MODE, Choice
-from ._prospect import Inner
 
 _MEMORY = 1e9  # if nothing was said
 _MAX_FORWARD = 2  # outer variables up to which forward mode costs less than reverse mode

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from .._hypergradient._base import AbstractHypergradient
+from ..._hypergradient._base import AbstractHypergradient
 
 # In inner gradients: a Hessian product of a linearised gradient is two matrix products more,
 # as the gradient is, and not much dearer; a step back recomputes, and transposes.

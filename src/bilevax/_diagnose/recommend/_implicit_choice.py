@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
-from .._hypergradient.implicit._implicit import Implicit
-from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver
-from .._linear import MINRES
-from .._problem import Bilevel
-from .._tree import default_rtol, tree_size
+from ..._hypergradient.implicit._implicit import Implicit
+from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver
+from ..._linear import MINRES
+from ..._problem import Bilevel
+from ..._tree import default_rtol, tree_size
+from ..measure._prospect import Inner
+from ..measure._spectrum import Spectrum, spectrum
 from ._choice import PRODUCT, Choice
-from ._prospect import Inner
-from ._spectrum import Spectrum, spectrum
 from ._trial import Trial, try_linear_solvers, try_minimum_norm
 
 _LANCZOS_STEPS = 20

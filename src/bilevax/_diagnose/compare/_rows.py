@@ -4,19 +4,19 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from .._as_written import as_written
-from .._hypergradient._base import AbstractHypergradient
-from .._hypergradient.unrolled._forward_mode import ForwardMode
-from .._hypergradient.unrolled._through_steps import AbstractThroughSteps
-from .._inner._base import AbstractInnerSolver
-from .._problem import Bilevel
-from .._results import RESULTS
-from ._compare_rules import Setting
-from ._comparison import ErrorCurve, MeasuredRule
-from ._costs import Program, compile_forward, compile_rule, time_in_turn
+from ..._as_written import as_written
+from ..._hypergradient._base import AbstractHypergradient
+from ..._hypergradient.unrolled._forward_mode import ForwardMode
+from ..._hypergradient.unrolled._through_steps import AbstractThroughSteps
+from ..._inner._base import AbstractInnerSolver
+from ..._problem import Bilevel
+from ..._results import RESULTS
+from ..measure._costs import Program, compile_forward, compile_rule, time_in_turn
+from ..measure._prospect import relative_difference
 from ._curves import error_curve
-from ._prospect import relative_difference
+from ._record import ErrorCurve, MeasuredRule
 from ._reference import Reference
+from ._rules import Setting
 
 _MAX_CURVE_STEPS = 1000
 

@@ -7,12 +7,12 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from .._hypergradient._base import Estimate
-from .._problem import Bilevel
-from .._tree import tree_all_finite, tree_axpy, tree_dot, tree_norm, tree_sub
-from ._base import Comparison
-from ._differences import precision, random_direction, relative, slope, unit
-from ._measurements import Solved, solve_again
+from ..._hypergradient._base import Estimate
+from ..._problem import Bilevel
+from ..._tree import tree_all_finite, tree_axpy, tree_dot, tree_norm, tree_sub
+from ..measure._differences import precision, random_direction, relative, slope, unit
+from ..measure._measurements import Solved, solve_again
+from ._record import Comparison
 
 
 class Agreement(NamedTuple):

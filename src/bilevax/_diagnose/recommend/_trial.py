@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from .._hypergradient._base import Estimate
-from .._hypergradient.implicit._implicit import Implicit
-from .._hypergradient.implicit._minimum_norm import MinimumNorm
-from .._linear import CG, GMRES, MINRES, Neumann
-from .._linear._solve_linear import DIRECT_SIZE
-from .._precondition import Jacobi
-from .._problem import Bilevel, FixedPoint
-from .._tree import tree_dtype, tree_norm, tree_size
-from ._prospect import Inner, look_at_gradient, relative_difference
-from ._spectrum import Spectrum
+from ..._hypergradient._base import Estimate
+from ..._hypergradient.implicit._implicit import Implicit
+from ..._hypergradient.implicit._minimum_norm import MinimumNorm
+from ..._linear import CG, GMRES, MINRES, Neumann
+from ..._linear._solve_linear import DIRECT_SIZE
+from ..._precondition import Jacobi
+from ..._problem import Bilevel, FixedPoint
+from ..._tree import tree_dtype, tree_norm, tree_size
+from ..measure._prospect import Inner, look_at_gradient, relative_difference
+from ..measure._spectrum import Spectrum
 
 # Of the accuracy that is asked for, this much is left to the linear system.
 _SHARE = 0.3

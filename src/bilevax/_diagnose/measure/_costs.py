@@ -9,9 +9,9 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from .._hypergradient._base import AbstractHypergradient
-from .._inner._base import AbstractInnerSolver
-from .._problem import Bilevel, start_at
+from ..._hypergradient._base import AbstractHypergradient
+from ..._inner._base import AbstractInnerSolver
+from ..._problem import Bilevel, start_at
 
 _MOST_SECONDS = 4.0  # of timing, for all programs together
 _FEWEST_ROUNDS = 3

@@ -5,20 +5,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ._comparison import ErrorCurve, MeasuredRule, RuleComparison
-from ._comparison_text import size
+from ..._shown import import_pyplot, size
 
 
-def import_pyplot() -> Any:
-    """matplotlib.pyplot, or a message that says how to get it."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'bilevax[plot]'.") from error
-    return plt
-
-
-def plot_comparison(found: RuleComparison) -> Any:
+def plot_comparison(found: Any) -> Any:
     """Error against inner steps; error against time, the memory as the size of the points."""
     plt = import_pyplot()
     floor = float(jnp.finfo(found.dtype).eps)  # below it is rounding; a logarithm has no zero
@@ -33,7 +23,7 @@ def plot_comparison(found: RuleComparison) -> Any:
     return figure
 
 
-def _plot_curve(axis: Any, curve: ErrorCurve, floor: float) -> None:
+def _plot_curve(axis: Any, curve: Any, floor: float) -> None:
     for name, values, style in (
         ("approximate the gradient:\nimplicit hypergradient at $x_k$", curve.implicit, "o-"),
         ("approximate the solution:\nderivative of the first k steps", curve.unrolled, "s-"),
@@ -51,7 +41,7 @@ def _plot_curve(axis: Any, curve: ErrorCurve, floor: float) -> None:
     axis.legend(fontsize=9)
 
 
-def _plot_rules(axis: Any, rows: list[MeasuredRule], floor: float) -> None:
+def _plot_rules(axis: Any, rows: list[Any], floor: float) -> None:
     """A point for each rule, from the time of the inner solve to that of everything."""
     most = max((row.memory_bytes for row in rows), default=1) or 1
     for k, row in enumerate(rows):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from .._problem import Bilevel
-from .._tree import tree_dtype, tree_norm, tree_scale, tree_zeros_like
+from ..._problem import Bilevel
+from ..._tree import tree_dtype, tree_norm, tree_scale, tree_zeros_like
 from ._differences import gaussian, precision, random_direction, slope
 from ._measurements import AtPoint, probe
 

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable
 
-from .._results import RESULTS
-from ._base import Check
+from ..._results import RESULTS
+from ._record import Check
 
 
 def most_likely_reason(check: Check) -> str:

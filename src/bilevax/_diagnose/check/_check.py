@@ -7,20 +7,20 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import PyTree
 
-from .._checks import check_count
-from .._hypergradient._base import AbstractHypergradient
-from .._hypergradient._entry import check_types
-from .._hypergradient.implicit._implicit import Implicit
-from .._inner._newton_cg import NewtonCG
-from .._jit import standard_promotion
-from .._linear import GMRES
-from .._problem import AbstractCondition, Bilevel, as_arrays, is_start_function, objective, prepare
-from .._reach._traced import refuse_traced
-from .._tree import tree_dtype, tree_size
+from ..._checks import check_count
+from ..._hypergradient._base import AbstractHypergradient
+from ..._hypergradient._entry import check_types
+from ..._hypergradient.implicit._implicit import Implicit
+from ..._inner._newton_cg import NewtonCG
+from ..._jit import standard_promotion
+from ..._linear import GMRES
+from ..._problem import AbstractCondition, Bilevel, as_arrays, is_start_function, objective, prepare
+from ..._reach._traced import refuse_traced
+from ..._tree import tree_dtype, tree_size
+from ..measure._spectrum import DENSE_SIZE
 from ._assemble import assemble
-from ._base import Check
 from ._reasons import most_likely_reason
-from ._spectrum import DENSE_SIZE
+from ._record import Check
 
 
 def check(

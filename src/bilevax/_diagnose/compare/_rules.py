@@ -9,24 +9,24 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from .._as_written import as_written
-from .._hypergradient._base import AbstractHypergradient
-from .._hypergradient.implicit._implicit import Implicit
-from .._hypergradient.implicit._minimum_norm import MinimumNorm
-from .._hypergradient.k_steps._one_step import OneStep
-from .._hypergradient.unrolled._forward_mode import ForwardMode
-from .._hypergradient.unrolled._truncated import Truncated
-from .._hypergradient.unrolled._unrolled import Unrolled
-from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver
-from .._inner._default import as_inner_solver
-from .._inner._descent import Descent
-from .._inner._external import External
-from .._linear import Neumann
-from .._problem import Bilevel, objective, start_at
-from .._tree import tree_size
-from ._prospect import look_at_inner
+from ..._as_written import as_written
+from ..._hypergradient._base import AbstractHypergradient
+from ..._hypergradient.implicit._implicit import Implicit
+from ..._hypergradient.implicit._minimum_norm import MinimumNorm
+from ..._hypergradient.k_steps._one_step import OneStep
+from ..._hypergradient.unrolled._forward_mode import ForwardMode
+from ..._hypergradient.unrolled._truncated import Truncated
+from ..._hypergradient.unrolled._unrolled import Unrolled
+from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver
+from ..._inner._default import as_inner_solver
+from ..._inner._descent import Descent
+from ..._inner._external import External
+from ..._linear import Neumann
+from ..._problem import Bilevel, objective, start_at
+from ..._tree import tree_size
+from ..measure._prospect import look_at_inner
+from ..measure._spectrum import spectrum
 from ._reference import Reference
-from ._spectrum import spectrum
 
 _LANCZOS_STEPS = 20
 _MAX_STAND_IN = 500

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from .._inner._base import residual_and_scale
-from .._inner._default import as_inner_solver
-from .._inner._external import External
-from .._jit import lean_jit
-from .._linear import CG, GMRES, solve_linear
-from .._problem import Bilevel, objective
-from .._results import RESULTS
-from .._tree import tree_all_finite, tree_axpy, tree_dot, tree_norm, tree_sub, tree_where
+from ..._inner._base import residual_and_scale
+from ..._inner._default import as_inner_solver
+from ..._inner._external import External
+from ..._jit import lean_jit
+from ..._linear import CG, GMRES, solve_linear
+from ..._problem import Bilevel, objective
+from ..._results import RESULTS
+from ..._tree import tree_all_finite, tree_axpy, tree_dot, tree_norm, tree_sub, tree_where
 from ._lanczos import largest_singular_value
 
 

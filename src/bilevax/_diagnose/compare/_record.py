@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
+from ..._shown import as_json, duration, size
+
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredRule:
@@ -90,15 +92,7 @@ class RuleComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as Python numbers and strings, ready for JSON; NaN becomes `None`."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: plain(entry) for key, entry in value.items()}
-            if isinstance(value, (list, tuple)):
-                return [plain(entry) for entry in value]
-            return None if isinstance(value, float) and not math.isfinite(value) else value
-
-        return plain(dataclasses.asdict(self))
+        return as_json(self)
 
     def plot(self, path: Any = None) -> Any:
         """One figure: error against inner steps, error against time and memory.
@@ -113,6 +107,50 @@ class RuleComparison:
         return figure
 
     def __str__(self) -> str:
-        from ._comparison_text import as_table  # it knows this record
-
         return as_table(self)
+
+
+_HEADER = ("rule", "error", "forward", "backward", "memory", "grad", "Hess", "cross", "outcome")
+
+
+def as_table(found: RuleComparison) -> str:
+    """A title, the reference, one line for each rule, the notes."""
+    title = (
+        f"bx.compare: {found.kind} of {found.size_x} inner and {found.size_theta} outer variables, "
+        f"{found.dtype}"
+    )
+    worth = "" if math.isnan(found.reference_error) else f", itself off by {_e(found)}"
+    reference = (
+        f"errors are relative to {found.reference} (norm {found.hypergradient_norm:.4g}{worth})"
+    )
+    lines = [list(_HEADER)]
+    lines += [_cells(row) for row in found.rows if row.is_usable]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(_HEADER))]
+    last = len(_HEADER) - 1
+    table = [
+        "  ".join(
+            cell.ljust(widths[k]) if k in (0, last) else cell.rjust(widths[k])
+            for k, cell in enumerate(line)
+        ).rstrip()
+        for line in lines
+    ]
+    absent = [f"{row.name}: not usable. {row.message}" for row in found.rows if not row.is_usable]
+    return "\n".join([title, reference, *(f"  {line}" for line in [*table, *absent, *found.notes])])
+
+
+def _cells(row: MeasuredRule) -> list[str]:
+    return [
+        row.name,
+        f"{row.error:.1e}",
+        duration(row.forward_seconds),
+        duration(row.backward_seconds),
+        size(row.memory_bytes),
+        str(row.num_gradients),
+        str(row.num_hessian_products),
+        str(row.num_cross_products),
+        row.outcome,
+    ]
+
+
+def _e(found: RuleComparison) -> str:
+    return f"{found.reference_error:.0e}"

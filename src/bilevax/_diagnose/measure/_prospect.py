@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, Scalar
 
-from .._hypergradient._base import AbstractHypergradient, Estimate
-from .._hypergradient._entry import hypergradient
-from .._inner._base import AbstractInnerSolver, AbstractSteppingSolver, residual_and_scale, run
-from .._inner._descent import Descent
-from .._inner._external import External, wherever
-from .._jit import lean_jit
-from .._loop._budget import num_bytes
-from .._problem import Bilevel, start_at
-from .._tree import tree_norm, tree_sub
+from ..._hypergradient._base import AbstractHypergradient, Estimate
+from ..._hypergradient._entry import hypergradient
+from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver, residual_and_scale, run
+from ..._inner._descent import Descent
+from ..._inner._external import External, wherever
+from ..._jit import lean_jit
+from ..._loop._budget import num_bytes
+from ..._problem import Bilevel, start_at
+from ..._tree import tree_norm, tree_sub
 from ._differences import gaussian
 
 

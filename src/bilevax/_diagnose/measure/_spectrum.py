@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from .._jit import lean_jit
-from .._problem import Bilevel, FixedPoint
-from .._tree import dense_columns, tree_dtype, tree_size, tree_sub
+from ..._jit import lean_jit
+from ..._problem import Bilevel, FixedPoint
+from ..._tree import dense_columns, tree_dtype, tree_size, tree_sub
 from ._differences import gaussian
 from ._lanczos import growth_rate, largest_singular_value, ritz_values, tridiagonalise
 

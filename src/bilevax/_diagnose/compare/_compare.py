@@ -4,19 +4,19 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from .._checks import check_count
-from .._hypergradient._base import AbstractHypergradient
-from .._hypergradient._entry import check_types
-from .._jit import standard_promotion
-from .._problem import Bilevel, as_arrays, prepare, start_as_arrays, start_at
-from .._reach._traced import refuse_traced
-from .._tree import tree_dtype, tree_norm, tree_size
-from ._compare_rows import measure_curve, measure_rules
-from ._compare_rules import default_rules, find_setting, named_rules
-from ._comparison import RuleComparison
-from ._prospect import look_at_inner
+from ..._checks import check_count
+from ..._hypergradient._base import AbstractHypergradient
+from ..._hypergradient._entry import check_types
+from ..._jit import standard_promotion
+from ..._problem import Bilevel, as_arrays, prepare, start_as_arrays, start_at
+from ..._reach._traced import refuse_traced
+from ..._tree import tree_dtype, tree_norm, tree_size
+from ..measure._prospect import look_at_inner
+from ..recommend._steps_choice import depends_on_path
+from ._record import RuleComparison
 from ._reference import find_reference
-from ._steps_choice import depends_on_path
+from ._rows import measure_curve, measure_rules
+from ._rules import default_rules, find_setting, named_rules
 
 
 def compare(

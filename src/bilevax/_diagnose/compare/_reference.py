@@ -8,18 +8,18 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from .._as_written import as_written
-from .._hypergradient._base import AbstractHypergradient
-from .._hypergradient._entry import hypergradient
-from .._hypergradient.implicit._implicit import Implicit
-from .._hypergradient.implicit._minimum_norm import MinimumNorm
-from .._hypergradient.unrolled._unrolled import Unrolled
-from .._inner._base import AbstractInnerSolver
-from .._linear import CG, GMRES, Direct
-from .._linear._solve_linear import DIRECT_SIZE
-from .._problem import Bilevel, start_at
-from .._tree import is_bounded, tree_norm, tree_size
-from ._check import tight_solver
+from ..._as_written import as_written
+from ..._hypergradient._base import AbstractHypergradient
+from ..._hypergradient._entry import hypergradient
+from ..._hypergradient.implicit._implicit import Implicit
+from ..._hypergradient.implicit._minimum_norm import MinimumNorm
+from ..._hypergradient.unrolled._unrolled import Unrolled
+from ..._inner._base import AbstractInnerSolver
+from ..._linear import CG, GMRES, Direct
+from ..._linear._solve_linear import DIRECT_SIZE
+from ..._problem import Bilevel, start_at
+from ..._tree import is_bounded, tree_norm, tree_size
+from ..check._check import tight_solver
 
 
 class Reference(NamedTuple):

@@ -1,11 +1,11 @@
 """What `recommend` found out: one record, and how it reads."""
 
 import dataclasses
-import math
 from typing import Any
 
-from .._as_written import as_written
-from .._hypergradient._base import AbstractHypergradient
+from ..._as_written import as_written
+from ..._hypergradient._base import AbstractHypergradient
+from ..._shown import as_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +38,13 @@ class Recommendation:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as Python numbers and strings, ready for JSON; NaN becomes `None`."""
-
-        def plain(value: Any) -> Any:
-            return None if isinstance(value, float) and not math.isfinite(value) else value
-
         return {
             "rule": as_written(self.rule),
             "inner_solver": None if self.inner_solver is None else as_written(self.inner_solver),
             "reason": self.reason,
             "warning": self.warning,
-            "measured": {key: plain(value) for key, value in self.measured.items()},
-            "costs": {key: plain(value) for key, value in self.costs.items()},
+            "measured": as_json(self.measured),
+            "costs": as_json(self.costs),
         }
 
     def __str__(self) -> str:

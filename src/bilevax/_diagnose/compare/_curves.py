@@ -4,16 +4,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from .._hypergradient.implicit._implicit import Implicit
-from .._hypergradient.unrolled._unrolled import Unrolled
-from .._inner._base import AbstractSteppingSolver, InnerSolution, run
-from .._inner._external import wherever
-from .._jit import lean_jit
-from .._linear import CG, GMRES
-from .._problem import AbstractCondition, Bilevel, start_at
-from .._tree import tree_dtype, tree_norm, tree_sub
-from ._comparison import ErrorCurve
-from ._prospect import relative_difference
+from ..._hypergradient.implicit._implicit import Implicit
+from ..._hypergradient.unrolled._unrolled import Unrolled
+from ..._inner._base import AbstractSteppingSolver, InnerSolution, run
+from ..._inner._external import wherever
+from ..._jit import lean_jit
+from ..._linear import CG, GMRES
+from ..._problem import AbstractCondition, Bilevel, start_at
+from ..._tree import tree_dtype, tree_norm, tree_sub
+from ..measure._prospect import relative_difference
+from ._record import ErrorCurve
 
 _NUM_POINTS = 12
 

@@ -8,7 +8,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from .._tree import tree_axpy, tree_dot, tree_dtype, tree_norm, tree_scale, tree_size
+from ..._tree import tree_axpy, tree_dot, tree_dtype, tree_norm, tree_scale, tree_size
 
 
 def tridiagonalise(

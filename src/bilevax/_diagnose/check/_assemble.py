@@ -6,19 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from .._hypergradient._base import AbstractHypergradient, Estimate
-from .._hypergradient._entry import hypergradient
-from .._hypergradient.implicit._implicit import Implicit
-from .._hypergradient.implicit._minimum_norm import MinimumNorm
-from .._inner._external import Given
-from .._problem import Bilevel
-from .._tree import default_rtol, tree_dtype, tree_norm, tree_size, tree_sub, tree_zeros_like
+from ..._hypergradient._base import AbstractHypergradient, Estimate
+from ..._hypergradient._entry import hypergradient
+from ..._hypergradient.implicit._implicit import Implicit
+from ..._hypergradient.implicit._minimum_norm import MinimumNorm
+from ..._inner._external import Given
+from ..._problem import Bilevel
+from ..._tree import default_rtol, tree_dtype, tree_norm, tree_size, tree_sub, tree_zeros_like
+from ..measure._differences import gaussian, relative
+from ..measure._measurements import AtPoint, Solved, at_point, constants, newton_step, solve_again
+from ..measure._self_check import self_check
+from ..measure._spectrum import Spectrum, spectrum
 from ._agreement import compare_directions
-from ._base import Check
-from ._differences import gaussian, relative
-from ._measurements import AtPoint, Solved, at_point, constants, newton_step, solve_again
-from ._self_check import self_check
-from ._spectrum import Spectrum, spectrum
+from ._record import Check
 
 
 def assemble(

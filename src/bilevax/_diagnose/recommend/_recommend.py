@@ -4,16 +4,16 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from .._hypergradient._entry import check_types
-from .._inner._base import AbstractInnerSolver
-from .._inner._default import as_inner_solver
-from .._jit import standard_promotion
-from .._problem import Bilevel, as_arrays, prepare, start_as_arrays, start_at
-from .._reach._traced import refuse_traced
-from .._tree import tree_size
+from ..._hypergradient._entry import check_types
+from ..._inner._base import AbstractInnerSolver
+from ..._inner._default import as_inner_solver
+from ..._jit import standard_promotion
+from ..._problem import Bilevel, as_arrays, prepare, start_as_arrays, start_at
+from ..._reach._traced import refuse_traced
+from ..._tree import tree_size
+from ..measure._prospect import Inner, look_at_inner
 from ._implicit_choice import choose_implicit
-from ._prospect import Inner, look_at_inner
-from ._recommendation import Recommendation
+from ._record import Recommendation
 from ._steps_choice import choose_steps, depends_on_path
 
 

@@ -1,0 +1,1 @@
+"""Is the hypergradient right here, and if not, why?"""
