@@ -29,6 +29,36 @@ hypothesis.settings.register_profile("nightly", max_examples=1000, deadline=None
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+# One oracle a rule, every inner and linear solver once, the conditions, the layers: for the
+# inner loop of a developer, and for versions of JAX and Python beside the one at hand.
+QUICK = (
+    "test_contract.py::test_every_rule_reaches_its_order[quadratic-",
+    "test_contract.py::test_every_inner_solver_serves_implicit",
+    "test_contract.py::test_every_linear_solver_serves_implicit",
+    "test_contract.py::test_solvers_of_other_kinds_serve_every_condition",
+    "test_contract.py::test_argmin_jvp_is_the_transpose_of_vjp[quadratic]",
+    "test_layering.py",
+    "test_oracles.py",
+    "test_solve.py::test_history_agrees_with_hypergradient",
+)
+# Whole programs in processes of their own: `make scripts`.
+SCRIPTS = (
+    "test_benchmarks.py",
+    "test_examples.py",
+    "test_demo.py::test_quick",
+    "test_demo.py::test_cleaning_finds",
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        name = f"{item.path.name}::{item.name}"
+        if name.startswith(QUICK):
+            item.add_marker(pytest.mark.quick)
+        if name.startswith(SCRIPTS):
+            item.add_marker(pytest.mark.script)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def free_compiled_programs():
     """Every compiled program maps memory, and a process may have 65,530 mappings on Linux.

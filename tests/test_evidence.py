@@ -8,6 +8,8 @@ import optimistix as optx
 import pytest
 
 import bilevax as bx
+from bilevax._hypergradient._base import Query
+from bilevax._hypergradient._linearise import point
 from bilevax.testing import all_oracles, fixed_point, logistic, relative_error, root
 
 ORACLE = logistic()
@@ -243,17 +245,15 @@ def test_the_primal_is_not_recomputed_in_the_krylov_loop():
 
     def flops(rule):
         def run(x, theta):
-            state = rule.init(problem, ANY, x, theta)
-            return rule.estimate(problem, ANY, x, theta, state)[0].grad
+            query = Query(problem, ANY, x, theta)
+            return rule.estimate(query, rule.init(query))[0].grad
 
         return jax.jit(run).lower(x, theta).compile().cost_analysis()["flops"]
 
     # The Neumann series of two terms and of three are loops too; unrolled by hand:
     def by_hand(x, theta):
-        from bilevax._hypergradient._linearise import linearise, outer_at
-
-        at, outer = linearise(problem.inner, x, theta), outer_at(problem, x, theta)
-        return at.both(outer.grad_x)[1]
+        here = point(problem, x, theta)
+        return here.at.both(here.grad_x)[1]
 
     without_loop = jax.jit(by_hand).lower(x, theta).compile().cost_analysis()["flops"]
     product = 2 * 2 * 400 * 50  # two products with the data, two operations an entry

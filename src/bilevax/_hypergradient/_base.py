@@ -1,7 +1,7 @@
 """Hypergradient rules: `problem, x0, theta, state -> Estimate, state`."""
 
 import abc
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._as_written import OneLine
 from .._inner._base import AbstractInnerSolver, Counts
-from .._problem import AbstractCondition, Bilevel
-from .._results import RESULTS
+from .._problem import AbstractCondition, Bilevel, start_at
+from .._results import RESULTS, first_failure
+from .._tree import tree_all_finite
 from ._derivative import refuse_derivative
 from ._summary import summary
 
@@ -77,6 +78,13 @@ class Estimate(eqx.Module):
     adjoint_growth: Scalar | None = None
     is_bilevel: Bool[Array, ""] | None = None
 
+    @classmethod
+    def of(cls, value: Scalar, grad: PyTree, *results: RESULTS, **fields: Any) -> "Estimate":
+        """The estimate whose outcome is the first failure of `results`, then of its numbers."""
+        is_finite = tree_all_finite((value, grad))
+        finite = RESULTS.where(is_finite, RESULTS.successful, RESULTS.nonfinite)
+        return cls(value=value, grad=grad, result=first_failure(*results, finite), **fields)
+
     def __repr__(self) -> str:
         return summary(self)
 
@@ -98,6 +106,24 @@ class HypergradientState(eqx.Module):
     rule: PyTree = None  # the rule's own: random keys, particles
 
 
+class Query(NamedTuple):
+    """What a rule is asked: how does `x*(theta)`, found by `inner_solver` from `x0`, move?"""
+
+    problem: Bilevel
+    inner_solver: AbstractInnerSolver
+    x0: PyTree  # may be a function of theta
+    theta: PyTree
+
+    @property
+    def condition(self) -> AbstractCondition:
+        return self.problem.inner
+
+    @property
+    def start(self) -> PyTree:
+        """Where the search for x starts, as arrays."""
+        return start_at(self.x0, self.theta)
+
+
 class AbstractHypergradient(OneLine, optx.AbstractAdjoint):
     """A rule for differentiating through `x*(theta)`.
 
@@ -107,19 +133,12 @@ class AbstractHypergradient(OneLine, optx.AbstractAdjoint):
     """
 
     @abc.abstractmethod
-    def init(
-        self, problem: Bilevel, inner_solver: AbstractInnerSolver, x0: PyTree, theta: PyTree
-    ) -> HypergradientState:
+    def init(self, query: Query) -> HypergradientState:
         """The state before the first estimate. `x0` may be a function of theta."""
 
     @abc.abstractmethod
     def estimate(
-        self,
-        problem: Bilevel,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        state: HypergradientState,
+        self, query: Query, state: HypergradientState
     ) -> tuple[Estimate, HypergradientState]:
         """The hypergradient at theta, the inner solve starting at `x0`.
 
@@ -128,12 +147,7 @@ class AbstractHypergradient(OneLine, optx.AbstractAdjoint):
         """
 
     def differentiable_estimate(
-        self,
-        problem: Bilevel,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        state: HypergradientState,
+        self, query: Query, state: HypergradientState
     ) -> tuple[Estimate, HypergradientState]:
         """`estimate`, as `bx.hypergradient` calls it, which may itself be differentiated.
 
@@ -142,18 +156,11 @@ class AbstractHypergradient(OneLine, optx.AbstractAdjoint):
         is taken for a constant, do not tell how its result moves.
         """
         reason = "what it holds constant moves, and the derivative would leave that out"
-        args = (self, problem, inner_solver, x0, theta, state)
+        args = (self, query, state)
         return refuse_derivative(estimate_of, args, type(self).__name__, reason)
 
     @abc.abstractmethod
-    def solution(
-        self,
-        condition: AbstractCondition,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        throw: bool,
-    ) -> PyTree[Array]:
+    def solution(self, query: Query, throw: bool) -> PyTree[Array]:
         """`x*(theta)`, differentiable by this rule in theta and the arrays of `condition`."""
 
     @property

@@ -33,7 +33,7 @@ from .._problem import (
 from .._raise import error_if, unwrapped
 from .._results import RESULTS, SolveError
 from .._tree import is_traced, stop_gradient
-from ._base import AbstractHypergradient, Estimate, HypergradientState
+from ._base import AbstractHypergradient, Estimate, HypergradientState, Query
 from ._hoist import Hoisted
 from ._locate import locating
 from ._sharded import by_device
@@ -319,7 +319,7 @@ def _init(
     bound, start, theta_arrays = prepare(problem, x0, theta)
     solver = as_inner_solver(inner_solver, bound.inner, start_at(start, theta_arrays))
     warn_of_structure(bound, solver, rule.differentiates_start, start, theta_arrays)
-    state = stop_gradient(rule.init(bound, solver, start, theta_arrays))
+    state = stop_gradient(rule.init(Query(bound, solver, start, theta_arrays)))
     return _in_user_structure(state, bound, theta_arrays)
 
 
@@ -357,8 +357,9 @@ def _estimate(
 ) -> tuple[Estimate, HypergradientState]:
     bound, start, theta_arrays = prepare(problem, x0, theta)
     solver = as_inner_solver(inner_solver, bound.inner, start_at(start, theta_arrays))
-    _check_state(rule, state, rule.init(bound, solver, start, theta_arrays))
-    estimate, state = rule.differentiable_estimate(bound, solver, start, theta_arrays, state)
+    _check_state(rule, state, rule.init(Query(bound, solver, start, theta_arrays)))
+    query = Query(bound, solver, start, theta_arrays)
+    estimate, state = rule.differentiable_estimate(query, state)
     return (
         _in_user_structure(estimate, bound, theta_arrays),
         _in_user_structure(state, bound, theta_arrays),
@@ -398,7 +399,7 @@ def _solution(
 ) -> PyTree:
     bound, start, theta_arrays = prepare(problem, x0, theta)
     solver = as_inner_solver(inner_solver, bound.inner, start_at(start, theta_arrays))
-    x = rule.solution(bound.inner, solver, start, theta_arrays, throw)
+    x = rule.solution(Query(bound, solver, start, theta_arrays), throw)
     return restore(bound.inner, x, theta_arrays)[0]
 
 

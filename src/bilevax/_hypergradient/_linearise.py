@@ -7,6 +7,7 @@ import jax
 from jaxtyping import Array, PyTree, Scalar
 
 from .._problem import AbstractCondition, Bilevel, objective
+from .._tree import tree_dot, tree_sub
 
 Product = Callable[[PyTree], PyTree]
 
@@ -48,17 +49,32 @@ def linearise(condition: AbstractCondition, x: PyTree, theta: PyTree) -> Lineari
     return Linearised(residual, matvec, matvec, tangent)
 
 
-class Outer(NamedTuple):
-    """The outer objective at `(x, theta)`."""
+class Point(NamedTuple):
+    """The whole problem at `(x, theta)`: the inner condition linearised, the outer objective."""
 
+    at: Linearised
     value: Scalar
     aux: PyTree
     grad_x: PyTree[Array]
     grad_theta: PyTree[Array]
 
+    def hypergradient(self, v: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
+        """`d_theta L - B^T v` and `A^T v`, in one pass."""
+        product, cross = self.at.both(v)
+        return tree_sub(self.grad_theta, cross), product
 
-def outer_at(problem: Bilevel, x: PyTree, theta: PyTree) -> Outer:
-    """Value and gradients of the outer objective."""
+    def dual_value(self, v: PyTree[Array]) -> Scalar:
+        """`L(x) - v' residual`: the error of x enters to second order only."""
+        return dual_value(self.value, v, self.at.residual)
+
+
+def point(problem: Bilevel, x: PyTree, theta: PyTree) -> Point:
+    """Everything that a rule may ask for at `(x, theta)`: two gradients, one linearisation."""
     fn = jax.value_and_grad(problem.outer_value, argnums=(0, 1), has_aux=True)
     (value, aux), grads = fn(x, theta)
-    return Outer(value, aux, *grads)
+    return Point(linearise(problem.inner, x, theta), value, aux, *grads)
+
+
+def dual_value(value: Scalar, v: PyTree, residual: PyTree) -> Scalar:
+    """`L(x) - v' residual`, see `Point.dual_value`."""
+    return value - tree_dot(v, residual).astype(value.dtype)

@@ -27,10 +27,9 @@ from .._tree import map_rows, tree_all_finite, tree_sub
 from ._base import Estimate, as_stats
 from ._derivative import refuse_derivative
 from ._entry import check_types, raise_failure
-from ._linearise import linearise
+from ._linearise import dual_value, linearise
 from ._locate import locating
 from .implicit._adjoint import first_of_batch, reached, strictest
-from .implicit._evidence import dual_value
 from .implicit._implicit import Implicit
 
 

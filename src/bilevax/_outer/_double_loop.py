@@ -12,7 +12,7 @@ import optax
 import optimistix as optx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
-from .._hypergradient._base import AbstractHypergradient, HypergradientState
+from .._hypergradient._base import AbstractHypergradient, HypergradientState, Query
 from .._hypergradient.implicit._implicit import Implicit
 from .._hypergradient.implicit._minimum_norm import MinimumNorm
 from .._inner._base import AbstractInnerSolver
@@ -154,7 +154,7 @@ class DoubleLoop(AbstractMethod):
     def init(self, problem: Bilevel, x0: PyTree, theta: PyTree) -> "DoubleLoopState":
         count = jnp.asarray(0, jnp.int32)
         solver, rule = self._parts(problem, start_at(x0, theta), count)
-        hypergradient = rule.init(problem, solver, x0, theta)
+        hypergradient = rule.init(Query(problem, solver, x0, theta))
         aux = eqx.filter_eval_shape(lambda: problem.outer_value(hypergradient.x, theta)[1])
         return DoubleLoopState(
             theta=theta,
@@ -179,7 +179,7 @@ class DoubleLoop(AbstractMethod):
         warm = state.hypergradient
         if not self.warm_start_adjoint and warm.v is not None:
             warm = eqx.tree_at(lambda s: s.v, warm, tree_zeros_like(warm.v))
-        estimate, hypergradient = rule.estimate(problem, solver, start, point, warm)
+        estimate, hypergradient = rule.estimate(Query(problem, solver, start, point), warm)
         if state.anchor is not None and prediction is not None:
             linear_solver = self._tangent_solver
             estimate = follow(
@@ -299,7 +299,7 @@ def _value_fn(
     found = wherever(x)  # the estimate has judged x already
 
     def value_fn(theta: PyTree) -> Scalar:
-        solved = rule.solution(problem.inner, found, x, theta, throw=False)
+        solved = rule.solution(Query(problem, found, x, theta), throw=False)
         return problem.outer_value(solved, theta)[0]
 
     return value_fn

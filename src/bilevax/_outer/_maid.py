@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
-from .._hypergradient._base import Estimate, HypergradientState
+from .._hypergradient._base import Estimate, HypergradientState, Query
 from .._hypergradient.implicit._implicit import Implicit
 from .._inner._default import as_inner_solver
 from .._problem import Bilevel, start_at, strong_convexity
@@ -142,7 +142,7 @@ class MAID(AbstractMethod):
         x = start_at(x0, theta)
         tolerance = jnp.minimum(jnp.asarray(self.tolerance, tree_dtype(x)), _LOOSEST)
         solver, rule = self._parts(problem, x, tolerance)
-        warm = rule.init(problem, solver, x, theta)
+        warm = rule.init(Query(problem, solver, x, theta))
         struct = eqx.filter_eval_shape(rule.estimate, problem, solver, x, theta, warm)[0]
         known = jtu.tree_map(
             lambda s: jnp.zeros(s.shape, s.dtype) if isinstance(s, jax.ShapeDtypeStruct) else s,
@@ -173,7 +173,7 @@ class MAID(AbstractMethod):
         def evaluate(carry: _Carry) -> _Carry:
             solver, rule = self._parts(problem, state.x, carry.tolerance)
             start, warm = carry.warm.x, carry.warm
-            estimate, warm = rule.estimate(problem, solver, start, carry.point, warm)
+            estimate, warm = rule.estimate(Query(problem, solver, start, carry.point), warm)
             warm = tree_where(tree_all_finite(warm), warm, carry.warm)
             return self._judge(state, carry, estimate, warm)
 

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
+from ..._hypergradient._base import Query
 from ..._hypergradient.implicit._implicit import Implicit
 from ..._hypergradient.unrolled._unrolled import Unrolled
 from ..._inner._base import AbstractSteppingSolver, InnerSolution, run
@@ -97,16 +98,16 @@ def _implicit_at(
     tolerance = 1e-10 if tree_dtype(start) == jnp.float64 else 1e-5
     linear_solver = CG(rtol=tolerance) if problem.inner.is_symmetric else GMRES(rtol=tolerance)
     rule = Implicit(linear_solver, inexact=True)
-    state = rule.init(problem, solver, start, theta)
-    estimate, _ = rule.estimate(problem, solver, start, theta, state)
+    query = Query(problem, solver, start, theta)
+    estimate, _ = rule.estimate(query, rule.init(query))
     return estimate.x, estimate.grad
 
 
 @lean_jit
 def _unrolled_at(problem: Bilevel, solver: StoppedAfter, x0: PyTree, theta: PyTree) -> PyTree:
     rule = Unrolled(num_steps=solver.max_steps)
-    state = rule.init(problem, solver, x0, theta)
-    return rule.estimate(problem, solver, x0, theta, state)[0].grad
+    query = Query(problem, solver, x0, theta)
+    return rule.estimate(query, rule.init(query))[0].grad
 
 
 def _distance(x: PyTree, x_star: PyTree | None) -> float:

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from ..._hypergradient._base import AbstractHypergradient
+from ..._hypergradient._base import AbstractHypergradient, Query
 from ..._inner._base import AbstractInnerSolver
 from ..._problem import Bilevel, start_at
 
@@ -48,8 +48,8 @@ def compile_rule(
     """Inner solve and hypergradient: the gradient, the code of the result, the counts."""
 
     def whole(problem: Bilevel, x0: PyTree, theta: PyTree) -> tuple:
-        state = rule.init(problem, solver, x0, theta)
-        estimate, _ = rule.estimate(problem, solver, x0, theta, state)
+        query = Query(problem, solver, x0, theta)
+        estimate, _ = rule.estimate(query, rule.init(query))
         return estimate.grad, estimate.result.index, estimate.stats
 
     return _compile(whole, problem, x0, theta)

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar
 
-from ..._inner._base import AbstractInnerSolver
-from ..._problem import Bilevel, start_at
-from .._base import Estimate, HypergradientState
+from ..._problem import start_at
+from .._base import Estimate, HypergradientState, Query
 from ._perturb import (
     AbstractEvolution,
     as_sigma,
@@ -91,22 +90,17 @@ class EvolutionStrategies(AbstractEvolution):
         self.sigma = as_sigma(sigma)
         self.batch_size = batch_size
 
-    def init(
-        self, problem: Bilevel, inner_solver: AbstractInnerSolver, x0: PyTree, theta: PyTree
-    ) -> HypergradientState:
+    def init(self, query: Query) -> HypergradientState:
+        problem, inner_solver, x0, theta = query
         check_inner_solver(self, inner_solver)
         x = start_at(x0, theta)
         inner = inner_solver.init(problem.inner, x, theta)
         return HypergradientState(x=x, v=None, inner=inner, rule=jnp.asarray(0, jnp.int32))
 
     def estimate(
-        self,
-        problem: Bilevel,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        state: HypergradientState,
+        self, query: Query, state: HypergradientState
     ) -> tuple[Estimate, HypergradientState]:
+        problem, inner_solver, x0, theta = query
         check_inner_solver(self, inner_solver)
         check_rule_state(self, state, jax.Array)
 

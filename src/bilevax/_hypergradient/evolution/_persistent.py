@@ -13,7 +13,7 @@ from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts,
 from ..._problem import Bilevel, is_start_function, start_at
 from ..._results import RESULTS
 from ..._tree import strong, tree_where, tree_zeros_like
-from .._base import Estimate, HypergradientState
+from .._base import Estimate, HypergradientState, Query
 from ._perturb import (
     AbstractEvolution,
     as_sigma,
@@ -107,9 +107,8 @@ class PersistentES(AbstractEvolution):
         self.num_steps = num_steps
         self.batch_size = batch_size
 
-    def init(
-        self, problem: Bilevel, inner_solver: AbstractInnerSolver, x0: PyTree, theta: PyTree
-    ) -> HypergradientState:
+    def init(self, query: Query) -> HypergradientState:
+        problem, inner_solver, x0, theta = query
         solver, _ = self._check_solver(inner_solver)
         x = start_at(x0, theta)
         sums = draw(self.key, self.num_pairs, theta)
@@ -125,13 +124,9 @@ class PersistentES(AbstractEvolution):
         return HypergradientState(x=x, v=None, inner=inner, rule=rule)
 
     def estimate(
-        self,
-        problem: Bilevel,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        state: HypergradientState,
+        self, query: Query, state: HypergradientState
     ) -> tuple[Estimate, HypergradientState]:
+        problem, inner_solver, x0, theta = query
         solver, num_windows = self._check_solver(inner_solver)
         check_rule_state(self, state, _Episode)
         episode: _Episode = state.rule

@@ -13,10 +13,10 @@ from ..._checks import check_positive
 from ..._inner._base import AbstractInnerSolver, Counts
 from ..._inner._batches import check_key
 from ..._inner._external import External, Given
-from ..._problem import AbstractCondition, Bilevel
+from ..._problem import Bilevel
 from ..._results import RESULTS
 from ..._tree import is_traced, tree_all_finite, tree_norm
-from .._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
+from .._base import AbstractHypergradient, Estimate, HypergradientState, Query, as_stats
 
 
 class AbstractEvolution(AbstractHypergradient):
@@ -29,14 +29,7 @@ class AbstractEvolution(AbstractHypergradient):
     def differentiates_start(self) -> bool:
         return True
 
-    def solution(
-        self,
-        condition: AbstractCondition,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        throw: bool,
-    ) -> NoReturn:
+    def solution(self, query: Query, throw: bool) -> NoReturn:
         self._refuse()
 
     def apply(

@@ -12,12 +12,12 @@ from ..._inner._base import AbstractInnerSolver, Counts, InnerSolution
 from ..._inner._newton_cg import NewtonCG
 from ..._inner._optimistix import Optimistix
 from ..._precondition._base import AbstractPreconditioner
-from ..._problem import Bilevel
 from ..._results import RESULTS
 from ..._tree import tree_dtype, tree_norm, tree_size
-from .._base import Estimate, HypergradientState, as_stats
+from .._base import Estimate, HypergradientState, Query, as_stats
+from .._linearise import dual_value
 from ._adjoint import DENSE_EVIDENCE, evidence_solver
-from ._evidence import dual_value, with_bound
+from ._evidence import with_bound
 from ._refine import Refined, refine, start
 
 _MAX_REFINEMENTS = 6
@@ -61,28 +61,18 @@ def first_tolerances(rtol: Any, x: PyTree) -> Array:
 
 
 def estimate_to_accuracy(
-    problem: Bilevel,
-    inner_solver: AbstractInnerSolver,
+    query: Query,
     linear_solver: Any,
     preconditioner: AbstractPreconditioner | None,
     accuracy: tuple[Any, Any],
-    x: PyTree,
-    theta: PyTree,
     state: HypergradientState,
 ) -> tuple[Estimate, HypergradientState]:
     """The estimate of `Implicit(rtol=..., atol=...)`."""
-    inner_solver = _dense_if_small(inner_solver, x)
+    problem, inner_solver, _, theta = query
+    query = query._replace(inner_solver=_dense_if_small(inner_solver, query.start), x0=query.start)
     memory = (state.inner, state.tolerances, state.preconditioner)
     found = _hypergradient_to_accuracy(
-        problem,
-        inner_solver,
-        linear_solver,
-        preconditioner,
-        accuracy,
-        x,
-        theta,
-        state.v,
-        memory,
+        query, linear_solver, preconditioner, accuracy, state.v, memory
     )
     s = found.refined
     value, aux = problem.outer_value(s.x, theta)
@@ -113,13 +103,10 @@ def estimate_to_accuracy(
 
 
 def _hypergradient_to_accuracy(
-    problem: Bilevel,
-    inner_solver: AbstractInnerSolver,
+    query: Query,
     linear_solver: Any,
     preconditioner: AbstractPreconditioner | None,
     accuracy: tuple[Any, Any],
-    x: PyTree,
-    theta: PyTree,
     v: PyTree,
     state: tuple[PyTree, Array, PyTree],
 ) -> Accurate:
@@ -131,15 +118,13 @@ def _hypergradient_to_accuracy(
     """
 
     def attempt(carry: _Carry) -> _Carry:
-        return _attempt(
-            problem, inner_solver, linear_solver, preconditioner, accuracy, theta, carry
-        )
+        return _attempt(query, linear_solver, preconditioner, accuracy, carry)
 
     def is_running(carry: _Carry) -> Bool[Array, ""]:
         is_finite = carry.out.result != RESULTS.nonfinite
         return ~carry.is_accurate & (carry.num_attempts < _MAX_ATTEMPTS) & is_finite
 
-    blank = _blank(problem, inner_solver, x, theta, v, state)
+    blank = _blank(query, v, state)
     return jax.lax.while_loop(is_running, attempt, blank).out
 
 
@@ -152,14 +137,8 @@ def _dense_if_small(solver: AbstractInnerSolver, x: PyTree) -> AbstractInnerSolv
     return eqx.tree_at(lambda s: s.solver.dense, solver, True, is_leaf=lambda leaf: leaf is None)
 
 
-def _blank(
-    problem: Bilevel,
-    inner_solver: AbstractInnerSolver,
-    x: PyTree,
-    theta: PyTree,
-    v: PyTree,
-    state: tuple[PyTree, Array, PyTree],
-) -> _Carry:
+def _blank(query: Query, v: PyTree, state: tuple[PyTree, Array, PyTree]) -> _Carry:
+    problem, inner_solver, x, theta = query
     inner_state, tolerances, preconditioner_state = state
     struct = jax.eval_shape(lambda: inner_solver.solve(problem.inner, x, theta, inner_state)[0])
     inner = jtu.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
@@ -180,15 +159,13 @@ def _blank(
 
 
 def _attempt(
-    problem: Bilevel,
-    inner_solver: AbstractInnerSolver,
+    query: Query,
     linear_solver: Any,
     preconditioner: AbstractPreconditioner | None,
     accuracy: tuple[Any, Any],
-    theta: PyTree,
     carry: _Carry,
 ) -> _Carry:
-    out = carry.out
+    (problem, inner_solver, _, theta), out = query, carry.out
     inner_rtol, linear_rtol = out.tolerances[0], out.tolerances[1]
     # 1. x to the tolerance of this attempt, from the best point so far
     told = inner_solver.with_rtol(inner_rtol)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Scalar
 
@@ -13,9 +12,9 @@ from ..._inner._base import Counts
 from ..._linear import solve_linear
 from ..._problem import Bilevel, strong_convexity
 from ..._results import RESULTS, first_failure
-from ..._tree import default_rtol, tree_dot, tree_norm, tree_scale, unbounded
+from ..._tree import default_rtol, tree_norm, tree_scale, unbounded
 from .._base import Estimate
-from .._linearise import Linearised, outer_at
+from .._linearise import Linearised, point
 from ._adjoint import evidence_solver
 from ._bound import BOUND_PRODUCTS, error_bound
 from ._refine import Refined, refine_twice, start
@@ -78,27 +77,21 @@ def damping_bias(
     return tree_norm(cross), w.num_products + 1
 
 
-def dual_value(value: Scalar, v: PyTree, residual: PyTree) -> Scalar:
-    """`L(x) - v' grad_x U(x)`: the error of x enters to second order only."""
-    return value - tree_dot(v, residual).astype(value.dtype)
-
-
 def _polished(estimate: Estimate, s: Refined, problem: Bilevel, theta: PyTree) -> Estimate:
-    outer = outer_at(problem, s.x, theta)
-    residual = jax.tree_util.tree_map(jnp.asarray, problem.inner.residual(s.x, theta))
+    at = point(problem, s.x, theta)
     late = RESULTS.where(s.is_contracting, RESULTS.successful, RESULTS.inner_not_converged)
     result = RESULTS.where(s.result == RESULTS.successful, late, s.result)
     result = RESULTS.where(jnp.isfinite(s.change), result, RESULTS.nonfinite)
     return dataclasses.replace(
         estimate,
-        value=outer.value,
+        value=at.value,
         grad=s.grad,
-        aux=outer.aux,
+        aux=at.aux,
         x=s.x,
         v=s.v,
         inner_residual=s.inner_residual,
         adjoint_residual=s.adjoint_residual,
-        dual_value=dual_value(outer.value, s.v, residual),
+        dual_value=at.dual_value(s.v),
         result=first_failure(estimate.result, result),
     )
 

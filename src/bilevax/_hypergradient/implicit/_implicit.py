@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Bool, PyTree, Scalar
 
 from ..._checks import check_tolerance
 from ..._inner._asked import Asked, asked_of
-from ..._inner._base import AbstractInnerSolver, Counts
+from ..._inner._base import Counts
 from ..._linear import (
     DIRECT_SIZE,
     AbstractIterativeLinearSolver,
@@ -24,30 +25,29 @@ from ..._linear import (
 )
 from ..._linear._transposed import transposed
 from ..._precondition._base import AbstractPreconditioner, as_preconditioner
-from ..._problem import AbstractCondition, Bilevel, start_at
+from ..._problem import AbstractCondition, Bilevel
 from ..._raise import or_fail
-from ..._results import RESULTS, first_failure
+from ..._results import RESULTS
 from ..._tree import (
     largest_entry,
     lax_while_loop,
     stop_gradient,
-    tree_all_finite,
     tree_axpy,
     tree_size,
     tree_sub,
-    tree_zeros_like,
 )
-from .._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, estimate_of
+from .._at_solution import AbstractAtSolution, Adjoint, Solved
+from .._base import Estimate, HypergradientState, Query, estimate_of
 from .._derivative import with_derivative
-from .._linearise import Linearised, linearise, outer_at
+from .._linearise import Linearised, dual_value
 from ._accuracy import estimate_to_accuracy, first_tolerances
 from ._adjoint import Reached, direct_at, in_own_scale, reached
-from ._evidence import damping_bias, dual_value, with_evidence
+from ._evidence import damping_bias, with_evidence
 from ._implicit_function import System, attach_derivative
 from ._smallest_norm import smallest_norm
 
 
-class Implicit(AbstractHypergradient):
+class Implicit(AbstractAtSolution):
     """The hypergradient by the implicit function theorem.
 
     At the solution `residual(x, theta) = grad_x U = 0` for every theta, hence
@@ -148,10 +148,6 @@ class Implicit(AbstractHypergradient):
             )
 
     @property
-    def differentiates_start(self) -> bool:
-        return False
-
-    @property
     def is_plain(self) -> bool:
         """Whether nothing is asked for but the hypergradient."""
         return not (self._refines or self._is_damped)
@@ -161,125 +157,82 @@ class Implicit(AbstractHypergradient):
         """Whether the library may choose how to treat a singular system."""
         return self.is_plain and self.linear_solver is None and self.preconditioner is None
 
-    def init(
-        self, problem: Bilevel, inner_solver: AbstractInnerSolver, x0: PyTree, theta: PyTree
-    ) -> HypergradientState:
-        x = start_at(x0, theta)
-        inner = inner_solver.init(problem.inner, x, theta)
-        linear, preconditioner = self._memory(problem.inner, x)
-        tolerances = None if self.rtol is None else first_tolerances(self.rtol, x)
-        return HypergradientState(x, tree_zeros_like(x), inner, linear, preconditioner, tolerances)
+    def init(self, query: Query) -> HypergradientState:
+        first = super().init(query)
+        linear, preconditioner = self._memory(query.condition, first.x)
+        tolerances = None if self.rtol is None else first_tolerances(self.rtol, first.x)
+        return HypergradientState(first.x, first.v, first.inner, linear, preconditioner, tolerances)
 
     def estimate(
-        self,
-        problem: Bilevel,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        state: HypergradientState,
+        self, query: Query, state: HypergradientState
     ) -> tuple[Estimate, HypergradientState]:
-        if self.rtol is not None:
-            return estimate_to_accuracy(
-                problem,
-                inner_solver,
-                self.linear_solver,
-                self.preconditioner,
-                (self.rtol, self.atol),
-                start_at(x0, theta),
-                theta,
-                state,
-            )
-        condition = problem.inner
-        # 1. x solves the inner problem
-        x0 = start_at(x0, theta)
-        inner, inner_state = inner_solver.solve(condition, x0, theta, state.inner)
-        x = inner.x
-        # 2. v solves the adjoint system
-        at, outer = linearise(condition, x, theta), outer_at(problem, x, theta)
+        if self.rtol is None:
+            return super().estimate(query, state)
+        accuracy = (self.rtol, self.atol)
+        return estimate_to_accuracy(query, self.linear_solver, self.preconditioner, accuracy, state)
+
+    def adjoint(self, query: Query, solved: Solved, state: HypergradientState) -> Adjoint:
+        condition, theta, x, at = query.condition, query.theta, solved.inner.x, solved.at
         memory = (state.linear, state.preconditioner)
-        end = reached(at.residual, x, x0, asked_of(inner_solver, x))
+        end = reached(at.at.residual, x, query.start, asked_of(query.inner_solver, x))
         adjoint, apply, memory = self._solve(
-            at, outer.grad_x, state.v, condition, x, theta, inner_state, memory, True, end
+            at.at, at.grad_x, state.v, condition, x, theta, solved.inner_state, memory, True, end
         )
-        # 3. the hypergradient, and the residual of the adjoint system in the same pass
-        product, cross = at.both(adjoint.value)
+        # the hypergradient, and the residual of the adjoint system in the same pass
+        grad, product = at.hypergradient(adjoint.value)
         damped = self._damped(product, adjoint.value)
-        adjoint = verify(adjoint, outer.grad_x, damped)
-        if not isinstance(self._solver(x, condition.is_symmetric), Direct):
-            matvec = self._damped_product(at.adjoint)
-            adjoint = in_own_scale(adjoint, matvec, outer.grad_x, damped, x)
-        grad = tree_sub(outer.grad_theta, cross)
-        result = first_failure(
-            self.inner_result(inner.result),
-            adjoint.result,
-            RESULTS.where(
-                tree_all_finite((outer.value, grad)), RESULTS.successful, RESULTS.nonfinite
-            ),
-        )
-        counts = inner.counts + Counts(gradients=1, hessian=adjoint.num_products, cross=1)
-        evidence = {
+        adjoint = verify(adjoint, at.grad_x, damped)
+        solver = self._solver(x, condition.is_symmetric)
+        matvec = self._damped_product(at.at.adjoint)
+        if not isinstance(solver, Direct):
+            adjoint = in_own_scale(adjoint, matvec, at.grad_x, damped, x)
+        counts = Counts(gradients=1, hessian=adjoint.num_products, cross=1)
+        evidence: dict[str, Any] = {
+            "inner_tolerance": solved.inner.tolerance,
             "adjoint_residual": adjoint.residual,
             "adjoint_tolerance": adjoint.tolerance,
-            "dual_value": dual_value(outer.value, adjoint.value, at.residual),
         }
         if self._is_damped:
-            solver = self._solver(x, condition.is_symmetric)
-            matvec = self._damped_product(at.adjoint)
             bias, extra = damping_bias(
-                at, solver, matvec, self.damping, adjoint.value, condition.is_symmetric
+                at.at, solver, matvec, self.damping, adjoint.value, condition.is_symmetric
             )
-            evidence["damping_bias"] = bias.astype(inner.residual.dtype)
+            evidence["damping_bias"] = bias.astype(solved.inner.residual.dtype)
             counts = counts + Counts(hessian=extra, cross=1)
-        estimate = Estimate(
-            value=outer.value,
-            grad=grad,
-            aux=outer.aux,
-            x=x,
-            v=adjoint.value,
-            inner_residual=inner.residual,
-            inner_tolerance=inner.tolerance,
-            result=result,
-            stats=as_stats(counts, inner.num_steps, adjoint.num_steps),
-            **evidence,
+        return Adjoint(
+            grad,
+            adjoint.value,
+            (adjoint.result,),
+            counts,
+            adjoint.num_steps,
+            evidence,
+            memory,
+            apply,
         )
-        # 4. evidence, where it was asked for
-        estimate = with_evidence(
-            estimate, problem, theta, self.linear_solver, apply, self.error_estimate, self.polish
+
+    def with_evidence(self, estimate: Estimate, query: Query, found: Adjoint) -> Estimate:
+        wanted = (self.error_estimate, self.polish)
+        problem, theta = query.problem, query.theta
+        return with_evidence(
+            estimate, problem, theta, self.linear_solver, found.preconditioner, *wanted
         )
-        new_state = HypergradientState(estimate.x, estimate.v, inner_state, *memory)
-        return estimate, new_state
 
     def differentiable_estimate(
-        self,
-        problem: Bilevel,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        state: HypergradientState,
+        self, query: Query, state: HypergradientState
     ) -> tuple[Estimate, HypergradientState]:
-        args = (self, problem, inner_solver, x0, theta, state)
-        return with_derivative(estimate_of, args, _derivative_of_estimate)
-
-    def solution(
-        self,
-        condition: AbstractCondition,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        throw: bool,
-    ) -> PyTree[Array]:
-        fixed_condition, fixed_theta = stop_gradient((condition, theta))
-        x0 = stop_gradient(start_at(x0, theta))
-        state = inner_solver.init(fixed_condition, x0, fixed_theta)
-        inner, inner_state = inner_solver.solve(fixed_condition, x0, fixed_theta, state)
-        result = self.inner_result(inner.result)
-        x = or_fail(inner.x, result, True) if throw else inner.x
-        failed = None if throw else (result != RESULTS.successful)
-        found = (asked_of(inner_solver, x0), x0)
-        x = self.attach(condition, theta, x, inner_state, throw, failed, found)
-        return x if throw else or_fail(x, result, False)
+        return with_derivative(estimate_of, (self, query, state), _derivative_of_estimate)
 
     def attach(
+        self,
+        query: Query,
+        x: PyTree[Array],
+        inner_state: PyTree,
+        throw: bool,
+        failed: Bool[Array, ""] | None,
+    ) -> PyTree[Array]:
+        found = (asked_of(query.inner_solver, query.x0), query.x0)
+        return self.attached(query.condition, query.theta, x, inner_state, throw, failed, found)
+
+    def attached(
         self,
         condition: AbstractCondition,
         theta: PyTree,
@@ -289,10 +242,8 @@ class Implicit(AbstractHypergradient):
         failed: Bool[Array, ""] | None = None,
         found: tuple[Asked, PyTree] | None = None,
     ) -> PyTree[Array]:
-        """The solution `x`, with its derivative in theta and the arrays of `condition`.
-
-        With `found`, to what accuracy and from where, the derivative fails at an x that is
-        no solution.
+        """As `attach`; with `found`, to what accuracy and from where, the derivative fails at
+        an x that is no solution.
         """
         args = (condition, theta, self.damping if self._is_damped else None, stop_gradient(x))
         undamped = dataclasses.replace(self, damping=0.0)
@@ -467,10 +418,10 @@ def _derivative_of_estimate(
     estimate, state = out
 
     def moved(moving: tuple) -> tuple:
-        rule, problem, _, _, theta, _ = eqx.combine(moving, still)
+        rule, (problem, _, _, theta), _ = eqx.combine(moving, still)
         # The inner problem is not damped: its solution moves as it does, whatever v solves.
         undamped = dataclasses.replace(rule, damping=0.0)
-        x = undamped.attach(problem.inner, theta, estimate.x, state.inner, throw=False)
+        x = undamped.attached(problem.inner, theta, estimate.x, state.inner, throw=False)
         v = rule.attach_adjoint(problem, theta, x, estimate.v, state.inner)
         differentiate = jax.value_and_grad(_lagrangian, argnums=2, has_aux=True)
         (dual_value, (value, aux)), grad = differentiate(problem, x, theta, v)

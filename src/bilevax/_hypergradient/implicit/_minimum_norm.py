@@ -11,12 +11,12 @@ from jaxtyping import Array, Bool, PyTree, Scalar
 
 from ..._checks import check_count
 from ..._inner._asked import asked_of
-from ..._inner._base import AbstractInnerSolver, Counts
+from ..._inner._base import Counts
 from ..._linear import Direct, LinearSolution, default_linear_solver, solve_linear, verify
 from ..._linear._minres import MINRES
-from ..._problem import AbstractCondition, Bilevel, start_at
+from ..._problem import AbstractCondition
 from ..._raise import or_fail
-from ..._results import RESULTS, first_failure
+from ..._results import RESULTS
 from ..._tree import (
     default_rtol,
     flat_to_tree,
@@ -24,18 +24,17 @@ from ..._tree import (
     map_rows,
     signs_like,
     stop_gradient,
-    tree_all_finite,
     tree_dot,
     tree_dtype,
     tree_norm,
     tree_size,
     tree_sub,
 )
-from .._base import AbstractHypergradient, Estimate, HypergradientState, as_stats, estimate_of
+from .._at_solution import AbstractAtSolution, Adjoint, Solved
+from .._base import Estimate, HypergradientState, Query, estimate_of
 from .._derivative import refuse_derivative
-from .._linearise import Linearised, Outer, linearise, outer_at
+from .._linearise import Linearised, Point, linearise
 from ._adjoint import DENSE_EVIDENCE, Reached, direct_at, first_of_batch, reached, strictest
-from ._evidence import dual_value
 from ._implicit import Implicit, is_gradient
 from ._tangent import tangent_columns
 
@@ -43,7 +42,7 @@ from ._tangent import tangent_columns
 _IS_NULL = 1e-5
 
 
-class MinimumNorm(AbstractHypergradient):
+class MinimumNorm(AbstractAtSolution):
     """The hypergradient of the response of smallest norm, for singular inner problems.
 
     Where the inner problem has many solutions `A = d2_xx U` is singular. Let the solutions
@@ -98,88 +97,63 @@ class MinimumNorm(AbstractHypergradient):
     def __check_init__(self) -> None:
         check_count("MinimumNorm", max_tangents=self.max_tangents)
 
-    @property
-    def differentiates_start(self) -> bool:
-        return False
-
-    def init(
-        self, problem: Bilevel, inner_solver: AbstractInnerSolver, x0: PyTree, theta: PyTree
-    ) -> HypergradientState:
-        # Of the state of `Implicit`, so that a run can change over from one to the other.
-        return Implicit().init(problem, inner_solver, x0, theta)
-
-    def estimate(
-        self,
-        problem: Bilevel,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        state: HypergradientState,
-    ) -> tuple[Estimate, HypergradientState]:
-        condition = problem.inner
-        x0 = start_at(x0, theta)
-        inner, inner_state = inner_solver.solve(condition, x0, theta, state.inner)
-        x = inner.x
-        at, outer = linearise(condition, x, theta), outer_at(problem, x, theta)
+    def adjoint(self, query: Query, solved: Solved, state: HypergradientState) -> Adjoint:
+        del state
+        condition, theta, x, at = query.condition, query.theta, solved.inner.x, solved.at
         is_small = tree_size(theta) <= self.max_tangents
         differentiate = _by_tangents if is_small else _by_adjoint
-        end = None if self.inexact else reached(at.residual, x, x0, asked_of(inner_solver, x))
-        grad, v, systems, is_consistent = differentiate(condition, at, outer, x, theta, end)
-        is_finite = tree_all_finite((outer.value, grad))
-        result = first_failure(
-            Implicit(inexact=self.inexact).inner_result(inner.result),
-            first_of_batch(systems),
-            RESULTS.where(is_consistent, RESULTS.successful, RESULTS.singular),
-            RESULTS.where(is_finite, RESULTS.successful, RESULTS.nonfinite),
+        asked = asked_of(query.inner_solver, x)
+        end = None if self.inexact else reached(at.at.residual, x, query.start, asked)
+        grad, v, systems, is_consistent = differentiate(condition, at, x, theta, end)
+        return Adjoint(
+            grad,
+            v,
+            (
+                first_of_batch(systems),
+                RESULTS.where(is_consistent, RESULTS.successful, RESULTS.singular),
+            ),
+            Counts(1, jnp.sum(systems.num_products), systems.residual.shape[0]),
+            jnp.sum(systems.num_steps),
+            {
+                "inner_tolerance": solved.inner.tolerance,
+                "adjoint_residual": jnp.max(systems.residual),
+                "adjoint_tolerance": _tolerance(systems, x),
+            },
         )
-        counts = Counts(1, jnp.sum(systems.num_products), systems.residual.shape[0])
-        estimate = Estimate(
-            value=outer.value,
-            grad=grad,
-            aux=outer.aux,
-            x=x,
-            v=v,
-            inner_residual=inner.residual,
-            inner_tolerance=inner.tolerance,
-            result=result,
-            stats=as_stats(inner.counts + counts, inner.num_steps, jnp.sum(systems.num_steps)),
-            adjoint_residual=jnp.max(systems.residual),
-            adjoint_tolerance=_tolerance(systems, x),
-            dual_value=None if v is None else dual_value(outer.value, v, at.residual),
-        )
-        return estimate, HypergradientState(x, state.v, inner_state)
+
+    def inner_result(self, result: RESULTS) -> RESULTS:
+        return super().inner_result(result) if self.inexact else result
 
     def differentiable_estimate(
-        self,
-        problem: Bilevel,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        state: HypergradientState,
+        self, query: Query, state: HypergradientState
     ) -> tuple[Estimate, HypergradientState]:
         reason = (
             "the inner problem has many solutions, and how the response of smallest norm itself "
             "moves depends on the path. Regularise the inner objective"
         )
-        args = (self, problem, inner_solver, x0, theta, state)
-        return refuse_derivative(estimate_of, args, "MinimumNorm", reason)
+        return refuse_derivative(estimate_of, (self, query, state), "MinimumNorm", reason)
 
-    def solution(
-        self,
-        condition: AbstractCondition,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        throw: bool,
-    ) -> PyTree[Array]:
-        size = tree_size(start_at(x0, theta))
-        solver = _minimum_norm_solver(condition.is_symmetric, size)
-        rule = Implicit(solver, inexact=self.inexact)
-        x = rule.solution(condition, inner_solver, x0, theta, throw)
-        at = linearise(*stop_gradient((condition, x, theta)))
+    def solution(self, query: Query, throw: bool) -> PyTree[Array]:
+        x = super().solution(query, throw)
+        condition, solver = query.condition, self._solver(query)
+        at = linearise(*stop_gradient((condition, x, query.theta)))
         _, is_consistent = _solve_and_probe(solver, at, [], stop_gradient(x), condition, None)
         result = RESULTS.where(is_consistent, RESULTS.successful, RESULTS.singular)
         return or_fail(x, result, throw)
+
+    def attach(
+        self,
+        query: Query,
+        x: PyTree[Array],
+        inner_state: PyTree,
+        throw: bool,
+        failed: Bool[Array, ""] | None,
+    ) -> PyTree[Array]:
+        rule = Implicit(self._solver(query), inexact=self.inexact)
+        return rule.attach(query, x, inner_state, throw, failed)
+
+    def _solver(self, query: Query) -> lx.AbstractLinearSolver:
+        return _minimum_norm_solver(query.condition.is_symmetric, tree_size(query.start))
 
     def apply(
         self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
@@ -200,8 +174,7 @@ def _tolerance(systems: LinearSolution, x: PyTree) -> Scalar:
 
 def _by_tangents(
     condition: AbstractCondition,
-    at: Linearised,
-    outer: Outer,
+    at: Point,
     x: PyTree,
     theta: PyTree,
     end: Reached | None,
@@ -211,11 +184,11 @@ def _by_tangents(
     dense = size <= DENSE_EVIDENCE
     iterative = default_linear_solver(is_symmetric, size)
     solver = Direct(minimum_norm=True) if dense else iterative
-    solve_one = _solver_at(solver, at.forward, is_symmetric, end)
+    solve_one = _solver_at(solver, at.at.forward, is_symmetric, end)
 
     def solve(b: PyTree) -> LinearSolution:
         found = solve_one(b)
-        found = verify(found, b, at.forward(found.value))
+        found = verify(found, b, at.at.forward(found.value))
         if not dense:
             return found
         # Least squares accepts every system; a tangent has to solve it.
@@ -223,9 +196,9 @@ def _by_tangents(
         result = RESULTS.where(is_open, RESULTS.singular, found.result)
         return eqx.tree_at(lambda s: s.result, found, result)
 
-    columns, systems = tangent_columns(condition, at, x, theta, solve)
-    products = jax.vmap(lambda column: tree_dot(column, outer.grad_x))(columns)
-    grad = jtu.tree_map(jnp.add, outer.grad_theta, flat_to_tree(products, theta))
+    columns, systems = tangent_columns(condition, at.at, x, theta, solve)
+    products = jax.vmap(lambda column: tree_dot(column, at.grad_x))(columns)
+    grad = jtu.tree_map(jnp.add, at.grad_theta, flat_to_tree(products, theta))
     return grad, None, systems, jnp.array(True)
 
 
@@ -243,18 +216,16 @@ def _solver_at(
 
 def _by_adjoint(
     condition: AbstractCondition,
-    at: Linearised,
-    outer: Outer,
+    at: Point,
     x: PyTree,
     theta: PyTree,
     end: Reached | None,
 ) -> Found:
     """`d_theta L - B^T v`, `v = A^+ d_x L`, and whether that means anything."""
     solver = _minimum_norm_solver(condition.is_symmetric, tree_size(x))
-    systems, is_consistent = _solve_and_probe(solver, at, [outer.grad_x], x, condition, end)
+    systems, is_consistent = _solve_and_probe(solver, at.at, [at.grad_x], x, condition, end)
     v = jtu.tree_map(lambda a: a[0], systems.value)
-    grad = tree_sub(outer.grad_theta, at.both(v)[1])
-    return grad, v, systems, is_consistent
+    return at.hypergradient(v)[0], v, systems, is_consistent
 
 
 def _solve_and_probe(

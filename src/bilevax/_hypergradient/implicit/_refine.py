@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Scalar
 from ..._problem import Bilevel
 from ..._results import RESULTS
 from ..._tree import signs_like, tree_norm, tree_size, tree_sub, tree_zeros_like, unbounded
-from .._linearise import linearise, outer_at
+from .._linearise import point
 from ._adjoint import newton_steps
 
 _ROUNDING = 10.0
@@ -72,15 +72,15 @@ def refine(
     """
     is_symmetric = problem.inner.is_symmetric
     x = s.next_x
-    at, outer = linearise(problem.inner, x, theta), outer_at(problem, x, theta)
-    rho = tree_sub(outer.grad_x, at.adjoint(s.v))
+    here = point(problem, x, theta)
+    at, b = here.at, here.grad_x
+    rho = tree_sub(b, at.adjoint(s.v))
     steps = newton_steps(solver, at, rho, preconditioner, is_symmetric)
     v = jtu.tree_map(jnp.add, s.v, steps.dv)
-    product, cross = at.both(v)
-    grad = tree_sub(outer.grad_theta, cross)
+    grad, product = here.hypergradient(v)
     change = tree_norm(tree_sub(grad, s.grad))
-    norm_b = tree_norm(outer.grad_x)
-    adjoint_residual = tree_norm(tree_sub(outer.grad_x, product))
+    norm_b = tree_norm(b)
+    adjoint_residual = tree_norm(tree_sub(b, product))
     residual = tree_norm(at.residual)
     # A gradient is a difference of terms of the size ||A|| ||x||: this much of it is
     # rounding. The size of A from one product with a pseudo-random vector, which estimates

@@ -1,18 +1,18 @@
 """Jacobian-free backpropagation: the identity in place of the inner Jacobian."""
 
 from collections.abc import Callable
+from typing import Any
 
 from jaxtyping import Array, PyTree, Scalar
 
 from ..._checks import check_step_size
-from ..._inner._base import AbstractInnerSolver
-from ..._problem import AbstractCondition, Bilevel, FixedPoint, Root
-from .._base import AbstractHypergradient, Estimate, HypergradientState
-from ..implicit._implicit import Implicit
-from ._series import StepSeries, apply_series, estimate_by_series, solution_by_series
+from ..._problem import AbstractCondition, FixedPoint, Root
+from .._at_solution import AbstractAtSolution, Adjoint, Solved
+from .._base import HypergradientState, Query
+from ._series import StepSeries, adjoint_by_series, apply_series, attach_series
 
 
-class JacobianFree(AbstractHypergradient):
+class JacobianFree(AbstractAtSolution):
     """The hypergradient with the inner Jacobian replaced by a multiple of the identity.
 
         grad = d_theta L - B^T v,    v = step_size d_x L
@@ -55,36 +55,15 @@ class JacobianFree(AbstractHypergradient):
     def __check_init__(self) -> None:
         check_step_size("JacobianFree", self.step_size)
 
-    @property
-    def differentiates_start(self) -> bool:
-        return False
+    def adjoint(self, query: Query, solved: Solved, state: HypergradientState) -> Adjoint:
+        del state
+        return adjoint_by_series(self._series(query.condition), solved.at)
 
-    def init(
-        self, problem: Bilevel, inner_solver: AbstractInnerSolver, x0: PyTree, theta: PyTree
-    ) -> HypergradientState:
-        return Implicit().init(problem, inner_solver, x0, theta)
-
-    def estimate(
-        self,
-        problem: Bilevel,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        state: HypergradientState,
-    ) -> tuple[Estimate, HypergradientState]:
-        series = self._series(problem.inner)
-        return estimate_by_series(series, problem, inner_solver, x0, theta, state)
-
-    def solution(
-        self,
-        condition: AbstractCondition,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        throw: bool,
+    def attach(
+        self, query: Query, x: PyTree, inner_state: PyTree, throw: bool, failed: Any
     ) -> PyTree[Array]:
-        series = self._series(condition)
-        return solution_by_series(series, condition, inner_solver, x0, theta, throw)
+        del inner_state
+        return attach_series(self._series(query.condition), query, x, throw, failed)
 
     def apply(
         self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]

@@ -8,16 +8,15 @@ import optimistix as optx
 from jaxtyping import Array, PyTree, Scalar
 
 from ..._checks import check_positive, check_step_size
-from ..._inner._base import AbstractInnerSolver
 from ..._inner._optimistix import Optimistix
-from ..._problem import AbstractCondition, Bilevel, FixedPoint, Root
-from .._base import AbstractHypergradient, Estimate, HypergradientState
-from ..implicit._implicit import Implicit
+from ..._problem import AbstractCondition, FixedPoint, Root
+from .._at_solution import AbstractAtSolution, Adjoint, Solved
+from .._base import Estimate, HypergradientState, Query
 from ._own_steps import apply_steps, estimate_by_steps, has_own_steps, solution_by_steps, unwrapped
-from ._series import StepSeries, apply_series, estimate_by_series, solution_by_series
+from ._series import StepSeries, adjoint_by_series, apply_series, attach_series
 
 
-class KStep(AbstractHypergradient):
+class KStep(AbstractAtSolution):
     """The derivative of K more steps of the inner algorithm, after its result.
 
     `x` is solved for and taken as a constant, and
@@ -80,40 +79,27 @@ class KStep(AbstractHypergradient):
         check_positive(self.num_steps, "num_steps")
         check_step_size(type(self).__name__, self.step_size)
 
-    @property
-    def differentiates_start(self) -> bool:
-        return False
-
-    def init(
-        self, problem: Bilevel, inner_solver: AbstractInnerSolver, x0: PyTree, theta: PyTree
-    ) -> HypergradientState:
-        return Implicit().init(problem, inner_solver, x0, theta)
-
     def estimate(
-        self,
-        problem: Bilevel,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        state: HypergradientState,
+        self, query: Query, state: HypergradientState
     ) -> tuple[Estimate, HypergradientState]:
-        if self._takes_own_steps(inner_solver):
-            return estimate_by_steps(self.num_steps, problem, inner_solver, x0, theta, state)  # type: ignore[arg-type]
-        series = self._series(_kind(problem.inner), inner_solver)
-        return estimate_by_series(series, problem, inner_solver, x0, theta, state)
+        if self._takes_own_steps(query.inner_solver):
+            return estimate_by_steps(self.num_steps, query, state)
+        return super().estimate(query, state)
 
-    def solution(
-        self,
-        condition: AbstractCondition,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        throw: bool,
+    def adjoint(self, query: Query, solved: Solved, state: HypergradientState) -> Adjoint:
+        del state
+        return adjoint_by_series(self._series_of(query), solved.at)
+
+    def solution(self, query: Query, throw: bool) -> PyTree[Array]:
+        if self._takes_own_steps(query.inner_solver):
+            return solution_by_steps(self.num_steps, query, throw)
+        return super().solution(query, throw)
+
+    def attach(
+        self, query: Query, x: PyTree, inner_state: PyTree, throw: bool, failed: Any
     ) -> PyTree[Array]:
-        if self._takes_own_steps(inner_solver):
-            return solution_by_steps(self.num_steps, condition, inner_solver, x0, theta, throw)  # type: ignore[arg-type]
-        series = self._series(_kind(condition), inner_solver)
-        return solution_by_series(series, condition, inner_solver, x0, theta, throw)
+        del inner_state
+        return attach_series(self._series_of(query), query, x, throw, failed)
 
     def apply(
         self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
@@ -127,6 +113,9 @@ class KStep(AbstractHypergradient):
 
     def _takes_own_steps(self, solver: Any) -> bool:
         return self.step_size is None and has_own_steps(solver)
+
+    def _series_of(self, query: Query) -> StepSeries:
+        return self._series(_kind(query.condition), query.inner_solver)
 
     def _series(self, kind: str, solver: Any) -> StepSeries:
         solver = unwrapped(solver.solver if isinstance(solver, Optimistix) else solver)

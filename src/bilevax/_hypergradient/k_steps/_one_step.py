@@ -1,17 +1,11 @@
 """One-step differentiation: only one more step of the inner algorithm."""
 
-from collections.abc import Callable
+from jaxtyping import Scalar
 
-from jaxtyping import Array, PyTree, Scalar
-
-from ..._checks import check_step_size
-from ..._inner._base import AbstractInnerSolver
-from ..._problem import AbstractCondition, Bilevel
-from .._base import AbstractHypergradient, Estimate, HypergradientState
 from ._k_step import KStep
 
 
-class OneStep(AbstractHypergradient):
+class OneStep(KStep):
     """The derivative of one more step of the inner algorithm, at its result.
 
     `x` is solved for and taken as a constant, and
@@ -48,45 +42,5 @@ class OneStep(AbstractHypergradient):
     2023, eq. (3) and corollary 1.
     """
 
-    step_size: float | Scalar | None = None
-
-    def __check_init__(self) -> None:
-        check_step_size("OneStep", self.step_size)
-
-    @property
-    def differentiates_start(self) -> bool:
-        return False
-
-    def init(
-        self, problem: Bilevel, inner_solver: AbstractInnerSolver, x0: PyTree, theta: PyTree
-    ) -> HypergradientState:
-        return self._k_step.init(problem, inner_solver, x0, theta)
-
-    def estimate(
-        self,
-        problem: Bilevel,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        state: HypergradientState,
-    ) -> tuple[Estimate, HypergradientState]:
-        return self._k_step.estimate(problem, inner_solver, x0, theta, state)
-
-    def solution(
-        self,
-        condition: AbstractCondition,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        throw: bool,
-    ) -> PyTree[Array]:
-        return self._k_step.solution(condition, inner_solver, x0, theta, throw)
-
-    def apply(
-        self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
-    ) -> PyTree[Array]:
-        return self._k_step.apply(primal_fn, rewrite_fn, inputs, tags)
-
-    @property
-    def _k_step(self) -> KStep:
-        return KStep(1, self.step_size)
+    def __init__(self, step_size: float | Scalar | None = None) -> None:
+        super().__init__(1, step_size)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -10,15 +11,14 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
-from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, run
+from ..._inner._base import AbstractInnerSolver, Counts, run
 from ..._inner._descent import Descent
 from ..._inner._optimistix import Optimistix
 from ..._loop._scan import repeat
-from ..._problem import AbstractCondition, Bilevel, start_at
 from ..._raise import or_fail
 from ..._results import RESULTS
 from ..._tree import lax_while_loop, stop_gradient, tree_all_finite, tree_dtype, tree_norm
-from .._base import Estimate, HypergradientState, as_stats
+from .._base import Estimate, HypergradientState, Query, as_stats
 from ._series import MOST_LEFT, geometric_remainder, warn_of_what_is_left
 
 Step = Callable[[PyTree], PyTree]
@@ -41,17 +41,12 @@ def unwrapped(solver: object) -> object:
 
 
 def estimate_by_steps(
-    num_steps: int,
-    problem: Bilevel,
-    solver: AbstractSteppingSolver,
-    x0: PyTree,
-    theta: PyTree,
-    state: HypergradientState,
+    num_steps: int, query: Query, state: HypergradientState
 ) -> tuple[Estimate, HypergradientState]:
     """The hypergradient through K more steps, and what the steps before would add."""
-    condition = problem.inner
+    problem, condition, theta = query.problem, query.condition, query.theta
     # 1. the solver's own result, a constant
-    solver, carry, count = run_to_end(condition, solver, x0, theta, state.inner)
+    solver, carry, count = run_to_end(query, state.inner)
     start, rest = carry[0], carry[1:]
 
     def after(num_steps: int, theta: PyTree, x: PyTree) -> PyTree:
@@ -71,14 +66,13 @@ def estimate_by_steps(
     term, further = pull(left)
     b = jax.grad(lambda x: problem.outer_value(x, theta)[0])(x)
     residual = tree_norm(condition.residual(x, theta))
-    is_finite = tree_all_finite((value, grad))
-    estimate = Estimate(
-        value=value,
-        grad=grad,
+    estimate = Estimate.of(
+        value,
+        grad,
+        steps_outcome(left, b),
         aux=aux,
         x=x,
         inner_residual=residual,
-        result=RESULTS.where(is_finite, steps_outcome(left, b), RESULTS.nonfinite),
         stats=as_stats(
             Counts(count + 2 * num_steps + 3, num_steps + 1, num_steps + 1), count + num_steps, 0
         ),
@@ -88,18 +82,12 @@ def estimate_by_steps(
     return estimate, HypergradientState(x, state.v, inner_state)
 
 
-def solution_by_steps(
-    num_steps: int,
-    condition: AbstractCondition,
-    solver: AbstractSteppingSolver,
-    x0: PyTree,
-    theta: PyTree,
-    throw: bool,
-) -> PyTree[Array]:
+def solution_by_steps(num_steps: int, query: Query, throw: bool) -> PyTree[Array]:
     """`x` after K more steps, differentiable in theta and the arrays of `condition`."""
+    condition, theta = query.condition, query.theta
     fixed_condition, fixed_theta = stop_gradient((condition, theta))
-    state = solver.init(fixed_condition, stop_gradient(start_at(x0, theta)), fixed_theta)
-    solver, carry, _ = run_to_end(condition, solver, x0, theta, state)
+    state = query.inner_solver.init(fixed_condition, stop_gradient(query.start), fixed_theta)
+    solver, carry, _ = run_to_end(query, state)
     step = partial(solver.step, condition, theta)
     fixed_step = partial(solver.step, fixed_condition, fixed_theta)
     x, _ = solver.finish(condition, take_steps(step, fixed_step, carry, num_steps, throw))
@@ -141,16 +129,11 @@ def loop_at_end(primal_fn: Callable, inputs: PyTree) -> tuple[Step, PyTree]:
     return seen[0]
 
 
-def run_to_end(
-    condition: AbstractCondition,
-    solver: AbstractSteppingSolver,
-    x0: PyTree,
-    theta: PyTree,
-    state: PyTree,
-) -> tuple[AbstractSteppingSolver, PyTree, Array]:
+def run_to_end(query: Query, state: PyTree) -> tuple[Any, PyTree, Array]:
     """The solver without its stopping test, its last carry as a constant, the steps taken."""
-    condition, theta, state = stop_gradient((condition, theta, state))
-    carry = solver.start(condition, stop_gradient(start_at(x0, theta)), theta, state)
+    solver: Any = query.inner_solver
+    condition, theta, state = stop_gradient((query.condition, query.theta, state))
+    carry = solver.start(condition, stop_gradient(query.start), theta, state)
     carry, count = run(solver, condition, theta, carry)
     carry = stop_gradient(carry)
     if isinstance(solver, Descent) and not solver.is_fixed_length:

@@ -11,16 +11,13 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
-from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts
+from ..._inner._base import AbstractSteppingSolver, Counts
 from ..._inner._descent import Descent
 from ..._inner._optimistix import Optimistix
-from ..._problem import AbstractCondition, Bilevel, Minimum, objective, start_at
-from ..._results import RESULTS
-from ..._tree import stop_gradient, tree_all_finite, tree_dot, tree_norm, tree_sub, tree_zeros_like
-from .._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
-from .._linearise import linearise, outer_at
-from ..implicit._evidence import dual_value
-from ..implicit._implicit import Implicit
+from ..._problem import AbstractCondition, Minimum, objective
+from ..._tree import stop_gradient, tree_dot, tree_norm, tree_sub, tree_zeros_like
+from .._base import AbstractHypergradient, Estimate, HypergradientState, Query, as_stats
+from .._linearise import point
 from ._own_steps import (
     apply_steps,
     derivative_of,
@@ -79,25 +76,21 @@ class SAMA(AbstractHypergradient):
     def differentiates_start(self) -> bool:
         return False
 
-    def init(
-        self, problem: Bilevel, inner_solver: AbstractInnerSolver, x0: PyTree, theta: PyTree
-    ) -> HypergradientState:
-        _check_optimiser(inner_solver)
-        return Implicit().init(problem, inner_solver, x0, theta)
+    def init(self, query: Query) -> HypergradientState:
+        _check_optimiser(query.inner_solver)
+        x = query.start
+        inner = query.inner_solver.init(query.condition, x, query.theta)
+        return HypergradientState(x, tree_zeros_like(x), inner)
 
     def estimate(
-        self,
-        problem: Bilevel,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        state: HypergradientState,
+        self, query: Query, state: HypergradientState
     ) -> tuple[Estimate, HypergradientState]:
-        condition, given = problem.inner, _check_optimiser(inner_solver)
+        condition, theta = query.condition, query.theta
+        _check_optimiser(query.inner_solver)
         # 1. the optimiser's own result
-        solver, carry, count = run_to_end(condition, given, x0, theta, state.inner)
+        solver, carry, count = run_to_end(query, state.inner)
         x, inner_state = solver.finish(condition, carry)
-        at, outer = linearise(condition, x, theta), outer_at(problem, x, theta)
+        at = point(query.problem, x, theta)
         # 2. the update, differentiated by its gradient
         _, pull = jax.vjp(
             partial(_shifted_step, solver, condition, theta, carry), tree_zeros_like(x)
@@ -106,41 +99,32 @@ class SAMA(AbstractHypergradient):
         def scaled(b: PyTree) -> PyTree:
             return jtu.tree_map(jnp.negative, pull(b)[0])
 
-        v = scaled(outer.grad_x)
-        product, cross = at.both(v)
-        grad = tree_sub(outer.grad_theta, cross)
+        v = scaled(at.grad_x)
+        grad, product = at.hypergradient(v)
         # 3. what a second step would add
-        left = tree_sub(outer.grad_x, product)
-        next_product, next_cross = at.both(scaled(left))
-        residual = tree_norm(at.residual)
-        is_finite = tree_all_finite((outer.value, grad))
-        estimate = Estimate(
-            value=outer.value,
-            grad=grad,
-            aux=outer.aux,
+        left = tree_sub(at.grad_x, product)
+        next_product, next_cross = at.at.both(scaled(left))
+        estimate = Estimate.of(
+            at.value,
+            grad,
+            steps_outcome(left, at.grad_x),
+            aux=at.aux,
             x=x,
             v=v,
-            inner_residual=residual,
-            result=RESULTS.where(is_finite, steps_outcome(left, outer.grad_x), RESULTS.nonfinite),
+            inner_residual=tree_norm(at.at.residual),
             stats=as_stats(Counts(count + 2, 2, 2), count, 0),
-            adjoint_residual=what_is_left(left, outer.grad_x),
+            adjoint_residual=what_is_left(left, at.grad_x),
             error_estimate=geometric_remainder(next_cross, left, tree_sub(left, next_product)),
-            dual_value=dual_value(outer.value, v, at.residual),
+            dual_value=at.dual_value(v),
         )
         return estimate, HypergradientState(x, v, inner_state)
 
-    def solution(
-        self,
-        condition: AbstractCondition,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        throw: bool,
-    ) -> PyTree[Array]:
-        given = _check_optimiser(inner_solver)
+    def solution(self, query: Query, throw: bool) -> PyTree[Array]:
+        condition, theta = query.condition, query.theta
+        given = _check_optimiser(query.inner_solver)
         fixed, fixed_theta = stop_gradient((condition, theta))
-        state = given.init(fixed, stop_gradient(start_at(x0, theta)), fixed_theta)
-        solver, carry, _ = run_to_end(condition, given, x0, theta, state)
+        state = given.init(fixed, stop_gradient(query.start), fixed_theta)
+        solver, carry, _ = run_to_end(query, state)
         gradient = condition.residual(carry[0], theta)
         # zero, with the derivative of the gradient
         shift = derivative_of(gradient, tree_zeros_like(gradient))

@@ -8,17 +8,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree, Scalar
 
-from ..._inner._base import AbstractInnerSolver, Counts
+from ..._inner._base import Counts
 from ..._linear import LinearSolution, Neumann, verify
 from ..._linear._base import AbstractIterativeLinearSolver
 from ..._linear._common import find_step_size
-from ..._problem import AbstractCondition, Bilevel, start_at
-from ..._raise import or_fail, warn_above
-from ..._results import RESULTS, first_failure
+from ..._raise import warn_above
+from ..._results import RESULTS
 from ..._tree import (
     lax_while_loop,
     stop_gradient,
-    tree_all_finite,
     tree_dtype,
     tree_norm,
     tree_scale,
@@ -26,9 +24,9 @@ from ..._tree import (
     tree_zeros_like,
     unbounded,
 )
-from .._base import Estimate, HypergradientState, as_stats
-from .._linearise import linearise, outer_at
-from ..implicit._evidence import dual_value
+from .._at_solution import Adjoint
+from .._base import Query
+from .._linearise import Point
 from ..implicit._implicit import is_gradient, solved_or_fail
 from ..implicit._implicit_function import System, attach_derivative
 
@@ -109,78 +107,47 @@ class StepSeries(AbstractIterativeLinearSolver):
         return each * (of_series + measuring) + first
 
 
-def estimate_by_series(
-    series: StepSeries,
-    problem: Bilevel,
-    inner_solver: AbstractInnerSolver,
-    x0: PyTree,
-    theta: PyTree,
-    state: HypergradientState,
-) -> tuple[Estimate, HypergradientState]:
-    """The hypergradient by `series`, and what the terms left out would add."""
-    condition = problem.inner
-    # 1. x solves the inner problem, more or less
-    inner, inner_state = inner_solver.solve(condition, start_at(x0, theta), theta, state.inner)
-    x = inner.x
-    # 2. K terms of the adjoint
-    at, outer = linearise(condition, x, theta), outer_at(problem, x, theta)
+def adjoint_by_series(series: StepSeries, at: Point) -> Adjoint:
+    """`v` by `series`, and what the terms left out would add."""
     num_measuring = series._num_products(jnp.asarray(0)) - (1 if series.is_equation else 0)
-    series = series.measured(at.adjoint, x)
-    adjoint = series.solve(at.adjoint, outer.grad_x)
-    product, cross = at.both(adjoint.value)
-    grad = tree_sub(outer.grad_theta, cross)
-    # 3. the next term, which is the first one left out
-    left = tree_sub(outer.grad_x, product)
+    series = series.measured(at.at.adjoint, at.grad_x)
+    # 1. K terms of the adjoint
+    adjoint = series.solve(at.at.adjoint, at.grad_x)
+    grad, product = at.hypergradient(adjoint.value)
+    # 2. the next term, which is the first one left out
+    left = tree_sub(at.grad_x, product)
     following = StepSeries(1, series.step_size, series.is_equation)
-    next_product, next_cross = at.both(following.solve(at.adjoint, left).value)
+    next_product, next_cross = at.at.both(following.solve(at.at.adjoint, left).value)
     remainder = geometric_remainder(next_cross, left, tree_sub(left, next_product))
-    is_nonfinite = (inner.result == RESULTS.nonfinite) | ~tree_all_finite((outer.value, grad))
-    result = first_failure(
-        RESULTS.where(is_nonfinite, RESULTS.nonfinite, RESULTS.successful), adjoint.result
-    )
     products = adjoint.num_products + num_measuring + (3 if series.is_equation else 2)
-    counts = inner.counts + Counts(gradients=1, hessian=products, cross=2)
-    estimate = Estimate(
-        value=outer.value,
-        grad=grad,
-        aux=outer.aux,
-        x=x,
-        v=adjoint.value,
-        inner_residual=inner.residual,
-        result=result,
-        stats=as_stats(counts, inner.num_steps, adjoint.num_steps),
-        adjoint_residual=adjoint.residual,
-        error_estimate=remainder,
-        dual_value=dual_value(outer.value, adjoint.value, at.residual),
+    return Adjoint(
+        grad,
+        adjoint.value,
+        (adjoint.result,),
+        Counts(gradients=1, hessian=products, cross=2),
+        adjoint.num_steps,
+        {"adjoint_residual": adjoint.residual, "error_estimate": remainder},
     )
-    return estimate, HypergradientState(x, adjoint.value, inner_state)
 
 
-def solution_by_series(
+def attach_series(
     series: StepSeries,
-    condition: AbstractCondition,
-    inner_solver: AbstractInnerSolver,
-    x0: PyTree,
-    theta: PyTree,
+    query: Query,
+    x: PyTree[Array],
     throw: bool,
+    failed: Bool[Array, ""] | None,
 ) -> PyTree[Array]:
-    """`x*(theta)`, differentiable by `series` in theta and the arrays of `condition`."""
-    fixed_condition, fixed_theta = stop_gradient((condition, theta))
-    x0 = stop_gradient(start_at(x0, theta))
-    state = inner_solver.init(fixed_condition, x0, fixed_theta)
-    inner, _ = inner_solver.solve(fixed_condition, x0, fixed_theta, state)
-    is_nonfinite = inner.result == RESULTS.nonfinite
-    result = RESULTS.where(is_nonfinite, RESULTS.nonfinite, RESULTS.successful)
-    x = _attach(
+    """The solution `x`, differentiable by `series` in theta and the arrays of the condition."""
+    condition = query.condition
+    return _attach(
         series,
         lambda x, args: args[0].residual(x, args[1]),
-        (condition, theta),
-        or_fail(inner.x, result, True) if throw else inner.x,
+        (condition, query.theta),
+        x,
         condition.is_symmetric,
         throw,
-        None if throw else is_nonfinite,
+        failed,
     )
-    return x if throw else or_fail(x, result, False)
 
 
 def apply_series(

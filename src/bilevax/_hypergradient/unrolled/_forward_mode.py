@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 
 from ..._checks import check_positive
 from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, run
-from ..._problem import AbstractCondition, Bilevel, start_at
+from ..._problem import AbstractCondition, start_at
 from ..._raise import or_fail
 from ..._results import RESULTS
 from ..._tree import (
@@ -22,7 +22,7 @@ from ..._tree import (
     tree_basis,
     tree_size,
 )
-from .._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
+from .._base import AbstractHypergradient, Estimate, HypergradientState, Query, as_stats
 from .._derivative import refuse_backward, unmoved
 from ._agreement import convergence, judged
 from ._watched import Steps, residual_of, steps_of_call, watched
@@ -83,21 +83,14 @@ class ForwardMode(AbstractHypergradient):
     def differentiates_start(self) -> bool:
         return True
 
-    def init(
-        self, problem: Bilevel, inner_solver: AbstractInnerSolver, x0: PyTree, theta: PyTree
-    ) -> HypergradientState:
-        solver = _check_stepping(inner_solver)
-        x = start_at(x0, theta)
-        return HypergradientState(x=x, v=None, inner=solver.init(problem.inner, x, theta))
+    def init(self, query: Query) -> HypergradientState:
+        solver, x = _check_stepping(query.inner_solver), query.start
+        return HypergradientState(x=x, v=None, inner=solver.init(query.condition, x, query.theta))
 
     def estimate(
-        self,
-        problem: Bilevel,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        state: HypergradientState,
+        self, query: Query, state: HypergradientState
     ) -> tuple[Estimate, HypergradientState]:
+        problem, inner_solver, x0, theta = query
         condition, solver = problem.inner, _check_stepping(inner_solver)
 
         def truncated_problem(theta: PyTree) -> tuple[Array, tuple]:
@@ -123,25 +116,13 @@ class ForwardMode(AbstractHypergradient):
         return estimate, HypergradientState(x=x, v=None, inner=inner_state)
 
     def differentiable_estimate(
-        self,
-        problem: Bilevel,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        state: HypergradientState,
+        self, query: Query, state: HypergradientState
     ) -> tuple[Estimate, HypergradientState]:
-        out = self.estimate(problem, inner_solver, x0, theta, unmoved(state, "ForwardMode"))
+        out = self.estimate(query, unmoved(state, "ForwardMode"))
         return refuse_backward(out, "ForwardMode", "its loops run forward only")
 
-    def solution(
-        self,
-        condition: AbstractCondition,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        throw: bool,
-    ) -> PyTree[Array]:
-        _check_stepping(inner_solver)
+    def solution(self, query: Query, throw: bool) -> PyTree[Array]:
+        _check_stepping(query.inner_solver)
 
         def solve(args: tuple) -> tuple[PyTree, None]:
             (condition, x0, theta), solver = args
@@ -149,10 +130,11 @@ class ForwardMode(AbstractHypergradient):
             return self._run(condition, solver, x0, theta, state)[0], None
 
         def run(args: tuple) -> tuple[PyTree, None]:
-            return self._attach(solve, (args, inner_solver))
+            return self._attach(solve, (args, query.inner_solver))
 
-        steps = Steps(run, residual_of, condition.is_symmetric, inner_solver)
-        x, _ = watched(steps, (condition, x0, theta), start_at(x0, theta), throw)
+        condition = query.condition
+        steps = Steps(run, residual_of, condition.is_symmetric, query.inner_solver)
+        x, _ = watched(steps, (condition, query.x0, query.theta), query.start, throw)
         result = RESULTS.where(tree_all_finite(x), RESULTS.successful, RESULTS.nonfinite)
         return or_fail(x, result, throw)
 

@@ -12,11 +12,11 @@ from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts
 from ..._loop._loops import differentiable_loops
 from ..._loop._probe import Probe, growth, largest_growth, new_probe, tap_end
 from ..._loop._scan import Checkpoints, repeat
-from ..._problem import AbstractCondition, Bilevel, start_at
+from ..._problem import AbstractCondition, start_at
 from ..._raise import or_fail
 from ..._results import RESULTS
 from ..._tree import tree_all_finite, tree_dtype
-from .._base import AbstractHypergradient, Estimate, HypergradientState, as_stats
+from .._base import AbstractHypergradient, Estimate, HypergradientState, Query, as_stats
 from ._agreement import LARGEST_ERROR, convergence, judged
 from ._watched import Steps, residual_of, watched
 
@@ -43,32 +43,22 @@ class AbstractThroughSteps(AbstractHypergradient):
     ) -> Unrolling:
         """`x` as a differentiable function of theta. `probe`: see `_probe.py`."""
 
-    def init(
-        self, problem: Bilevel, inner_solver: AbstractInnerSolver, x0: PyTree, theta: PyTree
-    ) -> HypergradientState:
-        self._check_stepping(inner_solver)
-        x = start_at(x0, theta)
-        inner = inner_solver.init(problem.inner, x, theta)
+    def init(self, query: Query) -> HypergradientState:
+        solver, x = self._check_stepping(query.inner_solver), query.start
+        inner = solver.init(query.condition, x, query.theta)
         return HypergradientState(x=x, v=None, inner=inner)
 
-    def solution(
-        self,
-        condition: AbstractCondition,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        throw: bool,
-    ) -> PyTree[Array]:
-        stepping = self._check_stepping(inner_solver)
+    def solution(self, query: Query, throw: bool) -> PyTree[Array]:
+        stepping = self._check_stepping(query.inner_solver)
 
         def run(args: tuple) -> tuple[PyTree, None]:
             condition, x0, theta = args
             state = stepping.init(condition, start_at(x0, theta), theta)
             return self.unroll(condition, stepping, x0, theta, state)[0], None
 
-        args, start = (condition, x0, theta), start_at(x0, theta)
-        steps = Steps(run, residual_of, condition.is_symmetric, stepping)
-        x, _ = watched(steps, args, start, throw, self._largest_error)
+        args = (query.condition, query.x0, query.theta)
+        steps = Steps(run, residual_of, query.condition.is_symmetric, stepping)
+        x, _ = watched(steps, args, query.start, throw, self._largest_error)
         result = RESULTS.where(tree_all_finite(x), RESULTS.successful, RESULTS.nonfinite)
         return or_fail(x, result, throw) if throw else x
 
@@ -89,10 +79,7 @@ class AbstractThroughSteps(AbstractHypergradient):
 
 def estimate_through(
     unroll: Callable[..., Unrolling],
-    problem: Bilevel,
-    inner_solver: AbstractInnerSolver,
-    x0: PyTree,
-    theta: PyTree,
+    query: Query,
     state: HypergradientState,
     max_growth: float | None,
     largest_error: float = LARGEST_ERROR,
@@ -102,7 +89,8 @@ def estimate_through(
     And what was seen on the way back: an adjoint that grew by more than `max_growth` (by
     default what the precision allows) is flagged.
     """
-    dtype = tree_dtype(start_at(x0, theta))
+    problem, inner_solver, x0, theta = query
+    dtype = tree_dtype(query.start)
 
     def truncated_problem(theta: PyTree, probe: Probe) -> tuple[Array, Any]:
         x, inner_state, num_steps, num_back = unroll(
@@ -114,7 +102,7 @@ def estimate_through(
     differentiate = jax.value_and_grad(truncated_problem, (0, 1), has_aux=True)
     (value, rest), (grad, seen) = differentiate(theta, new_probe(dtype))
     aux, x, inner_state, num_steps, num_back = rest
-    at = convergence(problem.inner, inner_solver, x, start_at(x0, theta), theta, num_steps)
+    at = convergence(problem.inner, inner_solver, x, query.start, theta, num_steps)
     result = RESULTS.where(tree_all_finite((value, grad)), RESULTS.successful, RESULTS.nonfinite)
     adjoint_growth = growth(seen)
     # before "nonfinite": an adjoint that overflows has exploded first

@@ -11,16 +11,16 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from ..._checks import check_positive, check_tolerance
-from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, run
+from ..._inner._base import AbstractSteppingSolver, Counts, run
 from ..._inner._measured import AbstractMeasuredMinimiser
 from ..._inner._optimistix import Optimistix
 from ..._loop._adaptive import repeat_until_negligible
 from ..._loop._probe import Probe, check_growth
 from ..._loop._scan import Checkpoints, check_checkpoints, num_checkpoints
-from ..._problem import AbstractCondition, Bilevel, start_at
+from ..._problem import AbstractCondition, start_at
 from ..._results import RESULTS, first_failure
 from ..._tree import checkpointed_while_loop, lax_while_loop, stop_gradient, tree_norm
-from .._base import Estimate, HypergradientState, as_stats
+from .._base import Estimate, HypergradientState, Query, as_stats
 from ._agreement import LARGEST_ERROR, LARGEST_TRUNCATION
 from ._through_steps import AbstractThroughSteps, Unrolling, estimate_through, repeat_until_done
 from ._unrolled import Unrolled
@@ -148,17 +148,12 @@ class Truncated(AbstractThroughSteps):
         return primal_fn((*inputs, differentiate))
 
     def differentiable_estimate(
-        self,
-        problem: Bilevel,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        state: HypergradientState,
+        self, query: Query, state: HypergradientState
     ) -> tuple[Estimate, HypergradientState]:
-        if self._takes_all(self._check_stepping(inner_solver)):
+        if self._takes_all(self._check_stepping(query.inner_solver)):
             whole = Unrolled(checkpoints=self.checkpoints, max_growth=self.max_growth)
-            return whole.differentiable_estimate(problem, inner_solver, x0, theta, state)
-        return super().differentiable_estimate(problem, inner_solver, x0, theta, state)
+            return whole.differentiable_estimate(query, state)
+        return super().differentiable_estimate(query, state)
 
     def _takes_all(self, solver: AbstractSteppingSolver) -> bool:
         num_last = self.num_steps
@@ -208,16 +203,11 @@ class Truncated(AbstractThroughSteps):
         return max(LARGEST_ERROR, 10 * self.rtol)
 
     def estimate(
-        self,
-        problem: Bilevel,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        state: HypergradientState,
+        self, query: Query, state: HypergradientState
     ) -> tuple[Estimate, HypergradientState]:
         largest = self._largest_error
         estimate, state, seen = estimate_through(
-            self.unroll, problem, inner_solver, x0, theta, state, self.max_growth, largest
+            self.unroll, query, state, self.max_growth, largest
         )
         if isinstance(self.num_steps, int):
             return estimate, state

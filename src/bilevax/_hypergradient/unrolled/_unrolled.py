@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ..._checks import check_positive
-from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver
+from ..._inner._base import AbstractSteppingSolver
 from ..._loop._loops import differentiable_loops
 from ..._loop._probe import Probe, check_growth, tap
 from ..._loop._scan import Checkpoints, check_checkpoints, num_checkpoints
-from ..._problem import AbstractCondition, Bilevel, start_at
+from ..._problem import AbstractCondition, start_at
 from ..._tree import checkpointed_while_loop, stop_gradient
-from .._base import Estimate, HypergradientState, estimate_of
+from .._base import Estimate, HypergradientState, Query, estimate_of
 from .._derivative import refuse_backward, refuse_derivative, unmoved
 from ._through_steps import AbstractThroughSteps, Unrolling, estimate_through, repeat_until_done
 from ._watched import steps_of_call, watched
@@ -111,32 +111,19 @@ class Unrolled(AbstractThroughSteps):
         return watched(steps, inputs, inputs[2], throw=True)
 
     def estimate(
-        self,
-        problem: Bilevel,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        state: HypergradientState,
+        self, query: Query, state: HypergradientState
     ) -> tuple[Estimate, HypergradientState]:
-        estimate, state, _ = estimate_through(
-            self.unroll, problem, inner_solver, x0, theta, state, self.max_growth
-        )
+        estimate, state, _ = estimate_through(self.unroll, query, state, self.max_growth)
         return estimate, state
 
     def differentiable_estimate(
-        self,
-        problem: Bilevel,
-        inner_solver: AbstractInnerSolver,
-        x0: PyTree,
-        theta: PyTree,
-        state: HypergradientState,
+        self, query: Query, state: HypergradientState
     ) -> tuple[Estimate, HypergradientState]:
-        stepping = self._check_stepping(inner_solver)
+        stepping = self._check_stepping(query.inner_solver)
         why_not = self._why_not_twice(stepping)
         if why_not is not None:
-            args = (self, problem, inner_solver, x0, theta, state)
-            return refuse_derivative(estimate_of, args, "Unrolled", why_not)
-        out = self.estimate(problem, inner_solver, x0, theta, unmoved(state, "Unrolled"))
+            return refuse_derivative(estimate_of, (self, query, state), "Unrolled", why_not)
+        out = self.estimate(query, unmoved(state, "Unrolled"))
         if self.checkpoints in ("sqrt", "all"):
             return out
         reason = 'that needs the checkpoints "sqrt" or "all"'
