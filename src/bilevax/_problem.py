@@ -34,6 +34,27 @@ class AbstractCondition(OneLine, eqx.Module):
     def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
         """The map whose zero is `x*(theta)`, in the structure of `x`."""
 
+    # What else there is to the condition. Rules and solvers ask for it and not for the class:
+    # one that has none of these is an equation, `residual(x, theta) = 0`.
+
+    @property
+    def objective(self) -> Callable[[PyTree, PyTree], Scalar] | None:
+        """`(x, theta) -> scalar`, which the inner solution minimises."""
+        return None
+
+    @property
+    def residuals(self) -> Callable[[PyTree, PyTree], PyTree[Array]] | None:
+        """`(x, theta) -> pytree`, of whose squares the objective is half the sum."""
+        return None
+
+    @property
+    def iteration(self) -> Callable[[PyTree, PyTree], PyTree[Array]] | None:
+        """`(x, theta) -> x`, of which the inner solution is a fixed point."""
+        return None
+
+    def check_output(self, out: Any, x: PyTree) -> None:
+        """Raise unless `out`, what `fn` returns as shapes, is what the condition takes."""
+
     def __call__(self, x: PyTree, theta: PyTree) -> Any:
         """The user's function, with its data if the level has any."""
         return _call(self.fn, "inner", x, theta, self.data)
@@ -65,8 +86,16 @@ class Minimum(AbstractCondition):
         out = super().__call__(x, theta)
         return out[0] if self.has_aux else out
 
+    @property
+    def objective(self) -> Callable[[PyTree, PyTree], Scalar]:
+        return self.__call__
+
     def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
         return jax.grad(self.__call__)(x, theta)
+
+    def check_output(self, out: Any, x: PyTree) -> None:
+        del x
+        _check_scalar(out, "inner")
 
 
 class LeastSquares(AbstractCondition):
@@ -90,12 +119,20 @@ class LeastSquares(AbstractCondition):
         out = super().__call__(x, theta)
         return out[0] if self.has_aux else out
 
-    def objective(self, x: PyTree, theta: PyTree) -> Scalar:
+    @property
+    def residuals(self) -> Callable[[PyTree, PyTree], PyTree[Array]]:
+        return self.__call__
+
+    @property
+    def objective(self) -> Callable[[PyTree, PyTree], Scalar]:
+        return self._half_the_squares
+
+    def _half_the_squares(self, x: PyTree, theta: PyTree) -> Scalar:
         squares = [jnp.sum(r**2) for r in jtu.tree_leaves(self(x, theta))]
         return 0.5 * sum(squares[1:], squares[0])
 
     def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
-        return jax.grad(self.objective)(x, theta)
+        return jax.grad(self._half_the_squares)(x, theta)
 
 
 class Root(AbstractCondition):
@@ -116,6 +153,9 @@ class Root(AbstractCondition):
     def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
         return self(x, theta)
 
+    def check_output(self, out: Any, x: PyTree) -> None:
+        _check_structure(out, x, "Root")
+
 
 class FixedPoint(AbstractCondition):
     """`x*(theta)` solves `x = fn(x, theta)`. The residual is `x - fn(x, theta)`.
@@ -132,8 +172,15 @@ class FixedPoint(AbstractCondition):
         out = super().__call__(x, theta)
         return _like(out[0] if self.has_aux else out, x)
 
+    @property
+    def iteration(self) -> Callable[[PyTree, PyTree], PyTree[Array]]:
+        return self.__call__
+
     def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
         return tree_sub(x, self(x, theta))
+
+    def check_output(self, out: Any, x: PyTree) -> None:
+        _check_structure(out, x, "FixedPoint")
 
 
 def _like(out: Any, x: PyTree) -> Any:
@@ -165,15 +212,6 @@ def strong_convexity(condition: AbstractCondition, theta: PyTree) -> Scalar | No
     value: Any = modulus(theta)
     _check_scalar(jax.eval_shape(lambda: value), "strong_convexity")
     return value
-
-
-def objective(condition: AbstractCondition) -> Callable[[PyTree, PyTree], Scalar] | None:
-    """The scalar that the inner solution minimises, if there is one."""
-    if isinstance(condition, Minimum):
-        return condition.__call__
-    if isinstance(condition, LeastSquares):
-        return condition.objective
-    return None
 
 
 class Bilevel(OneLine, eqx.Module):
@@ -512,10 +550,7 @@ def check_values(problem: Bilevel, x: PyTree, theta: PyTree) -> Bilevel:
     """
     inner = problem.inner
     out, inner_jaxpr = _traced(inner.__call__, x, theta)
-    if isinstance(inner, Minimum):
-        _check_scalar(out, "inner")
-    elif isinstance(inner, Root | FixedPoint):
-        _check_structure(out, x, type(inner).__name__)
+    inner.check_output(out, x)
     (value, _), outer_jaxpr = _traced(problem.outer_value, x, theta)
     _check_scalar(value, "outer")
     return eqx.tree_at(
@@ -544,7 +579,7 @@ def _inner_in_both_modes(
 ) -> AbstractCondition:
     if isinstance(condition.fn, OneMode):
         return condition
-    scalar = objective(condition)
+    scalar = condition.objective
     fn, wanted = (condition.residual, "products") if scalar is None else (scalar, "second")
     mode = mode_of(fn, jaxpr, x, theta, wanted)
     if mode is None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, PyTree, Scalar
 
-from .._problem import AbstractCondition, Bilevel, objective
+from .._problem import AbstractCondition, Bilevel
 from .._tree import tree_dot, tree_sub
 
 Product = Callable[[PyTree], PyTree]
@@ -35,7 +35,7 @@ def linearise(condition: AbstractCondition, x: PyTree, theta: PyTree) -> Lineari
     because second derivatives commute: one pass forward over reverse. Where only `A v` is
     wanted, inside a Krylov loop, the compiler drops the other half.
     """
-    inner = objective(condition)
+    inner = condition.objective
     if inner is None:
         _, vjp = jax.vjp(condition.residual, x, theta)
         residual, forward = jax.linearize(lambda x: condition.residual(x, theta), x)

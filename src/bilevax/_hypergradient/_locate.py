@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from .._inner._base import AbstractInnerSolver
 from .._inner._default import as_inner_solver
-from .._problem import AbstractCondition, Bilevel, objective, prepare, start_at
+from .._problem import AbstractCondition, Bilevel, prepare, start_at
 from .._results import RESULTS
 from .._tree import debugged
 from ._captured import Replaced, is_tracer
@@ -82,7 +82,7 @@ def _evaluate(problem: Bilevel, x: PyTree, theta: PyTree) -> None:
     """What a rule asks for, operation by operation."""
     inner = problem.inner
     with jax.disable_jit():
-        (objective(inner) or inner.residual)(x, theta)
+        (inner.objective or inner.residual)(x, theta)
         inner.residual(x, theta)
         value, pull_back = jax.vjp(lambda *at: problem.outer_value(*at)[0], x, theta)
         pull_back(jnp.ones_like(value))

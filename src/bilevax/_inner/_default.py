@@ -6,7 +6,7 @@ import optax
 import optimistix as optx
 from jaxtyping import PyTree
 
-from .._problem import AbstractCondition, FixedPoint, objective
+from .._problem import AbstractCondition
 from .._tree import default_rtol, tree_size
 from ._base import AbstractInnerSolver
 from ._damped_newton import DampedNewton
@@ -24,7 +24,7 @@ def _for_equation(condition: AbstractCondition, x0: PyTree) -> Optimistix:
     # A tenth: these stop on the step, and the residual is what we judge by; in the scale of
     # the solution, whatever it is, so without `atol`.
     rtol = default_rtol(x0)
-    is_fixed_point = isinstance(condition, FixedPoint)
+    is_fixed_point = condition.iteration is not None
     first = (optx.FixedPointIteration if is_fixed_point else optx.Newton)(0.1 * rtol, 0.1 * rtol)
     # `optx.Newton` has taken the full steps already.
     second = DampedNewton(0.1 * rtol, 0.0, full_steps=_FULL_STEPS if is_fixed_point else 0)
@@ -39,7 +39,7 @@ def as_inner_solver(solver: Any, condition: AbstractCondition, x0: PyTree) -> Ab
     points; where these two give up, Newton's method, at last with steps that are shortened.
     """
     if solver is None:
-        solver = NewtonCG() if objective(condition) is not None else _for_equation(condition, x0)
+        solver = NewtonCG() if condition.objective is not None else _for_equation(condition, x0)
     if isinstance(solver, AbstractMeasuredMinimiser) and tree_size(x0) == 0:
         return Given()  # no inner variables: nothing to solve for
     if isinstance(solver, AbstractInnerSolver):

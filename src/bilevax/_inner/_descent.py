@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 from .._checks import check_positive
 from .._jit import optimizer_as_pytree, standard_promotion
 from .._loop._rewrite import without_zero_over_zero
-from .._problem import AbstractCondition, objective
+from .._problem import AbstractCondition
 from .._tree import stop_gradient, strong, tree_dtype, tree_norm
 from ._base import (
     ROUNDING,
@@ -158,7 +158,7 @@ class Descent(AbstractSteppingSolver):
     def start(
         self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: PyTree
     ) -> PyTree[Array]:
-        if objective(condition) is None:
+        if condition.objective is None:
             raise TypeError(
                 f"`Descent` minimises an objective, but the inner problem is a "
                 f"{type(condition).__name__}. Use optx.Newton(...) for a root or "
@@ -187,7 +187,7 @@ class Descent(AbstractSteppingSolver):
             optimizer_state, batch_step = optimizer_state
             batch = self.batches(batch_step, condition.data)
             condition = dataclasses.replace(condition, data=batch)
-        inner = objective(condition)
+        inner = condition.objective
         assert inner is not None
 
         def value_fn(x: PyTree) -> Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree, Scalar
 
-from .._problem import AbstractCondition, objective
+from .._problem import AbstractCondition
 from .._results import RESULTS
 from .._tree import (
     signs_like,
@@ -54,7 +54,7 @@ def explain(
     noise = 0.5 * jump_across(fn, x, tree_scale(8 * eps, x))
     is_floor = (residual <= 10 * noise) | (residual <= ROUNDING * eps * scale)
     why = RESULTS.where(is_floor, RESULTS.stalled, RESULTS.inner_not_converged)
-    if objective(condition) is not None:
+    if condition.objective is not None:
         is_kink = _is_kink(condition, x, x0, theta, residual, eps**0.5 * scale)
         why = RESULTS.where(is_kink, RESULTS.not_smooth, why)
         why = RESULTS.where(_is_unbounded(condition, x, x0, theta), RESULTS.unbounded, why)
@@ -71,7 +71,7 @@ def _is_kink(
     least: Scalar,
 ) -> Bool[Array, ""]:
     """Whether the gradient jumps near x by as much as is left of it."""
-    inner = objective(condition)
+    inner = condition.objective
     assert inner is not None
 
     def fn(x: PyTree) -> PyTree:
@@ -133,7 +133,7 @@ def _is_unbounded(
     condition: AbstractCondition, x: PyTree, x0: PyTree, theta: PyTree
 ) -> Bool[Array, ""]:
     """Whether the objective falls on and on, far beyond x."""
-    inner = objective(condition)
+    inner = condition.objective
     assert inner is not None
     way = tree_sub(x, x0)
     beyond = jnp.asarray(_BEYOND, tree_dtype(x))

@@ -15,7 +15,7 @@ import jax.tree_util as jtu
 from jax.extend.core import ClosedJaxpr, Literal
 from jaxtyping import Array, Bool, PyTree, Scalar
 
-from .._problem import AbstractCondition, objective
+from .._problem import AbstractCondition
 from .._results import RESULTS
 from .._tree import signs_like, tree_axpy, tree_dtype, tree_norm, tree_scale
 
@@ -72,7 +72,7 @@ def flag_kink(
     smooth within a shorter one. Nothing is computed for functions in which nothing could have
     a kink.
     """
-    is_objective = objective(condition) is not None
+    is_objective = condition.objective is not None
     if not (is_objective and may_have_kinks(lambda x: condition(x, theta), x)):
         return result
     dtype = tree_dtype(x)

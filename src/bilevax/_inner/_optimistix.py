@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree, Scalar
 
 from .._checks import check_positive
 from .._jit import Opaque
-from .._problem import AbstractCondition, FixedPoint, LeastSquares, as_arrays, objective
+from .._problem import AbstractCondition, as_arrays
 from .._results import RESULTS
 from .._tree import (
     default_rtol,
@@ -203,7 +203,7 @@ class Optimistix(AbstractSteppingSolver):
         result = carry[3]
         x, stats = self._postprocess(condition, theta, carry)
         is_own = isinstance(self.solver, AbstractMeasuredMinimiser)
-        if not is_own or objective(condition) is None:
+        if not is_own or condition.objective is None:
             counts = Counts(gradients=count)
             if is_own:
                 counts = Counts(stats["num_gradients"], stats["num_hessian_products"])
@@ -228,7 +228,7 @@ class Optimistix(AbstractSteppingSolver):
         Where it stops, `F` itself is to be small.
         """
         solver = self.solver
-        if not isinstance(solver, AbstractMeasuredMinimiser) or objective(condition) is not None:
+        if not isinstance(solver, AbstractMeasuredMinimiser) or condition.objective is not None:
             return solver
         asked: Any = solver.rtol
         rtol = default_rtol(x) if asked is None else asked
@@ -341,7 +341,7 @@ def _outcome(result: Any, stats: dict[str, Any]) -> RESULTS:
 
 def _objective(y: PyTree, args: tuple) -> tuple[Array, None]:
     condition, theta, dtype = args
-    value = objective(condition)(tree_astype(y, dtype), theta)  # type: ignore[misc]
+    value = condition.objective(tree_astype(y, dtype), theta)
     return value.astype(tree_dtype(y)), None
 
 
@@ -356,9 +356,14 @@ def _residual(y: PyTree, args: tuple) -> tuple[PyTree, None]:
     return tree_astype(residual, tree_dtype(y)), None
 
 
-def _user_function(y: PyTree, args: tuple) -> tuple[PyTree, None]:
+def _residuals(y: PyTree, args: tuple) -> tuple[PyTree, None]:
     condition, theta, dtype = args
-    return tree_astype(condition(tree_astype(y, dtype), theta), tree_dtype(y)), None
+    return tree_astype(condition.residuals(tree_astype(y, dtype), theta), tree_dtype(y)), None
+
+
+def _iteration(y: PyTree, args: tuple) -> tuple[PyTree, None]:
+    condition, theta, dtype = args
+    return tree_astype(condition.iteration(tree_astype(y, dtype), theta), tree_dtype(y)), None
 
 
 def _function_for(
@@ -366,15 +371,15 @@ def _function_for(
 ) -> Callable[[PyTree, tuple], tuple[PyTree, None]]:
     """What `solver` is to solve for `condition`: the table of the class docstring."""
     if isinstance(solver, optx.AbstractMinimiser):
-        return _objective if objective(condition) is not None else _squared_residual
+        return _objective if condition.objective is not None else _squared_residual
     if isinstance(solver, optx.AbstractLeastSquaresSolver):
-        return _user_function if isinstance(condition, LeastSquares) else _residual
+        return _residuals if condition.residuals is not None else _residual
     if isinstance(solver, optx.AbstractFixedPointSolver):
-        if not isinstance(condition, FixedPoint):
+        if condition.iteration is None:
             raise TypeError(
                 f"{type(solver).__name__} solves fixed points, but the inner problem is a "
                 f"{type(condition).__name__}. Use a minimiser such as bx.NewtonCG() or a root "
                 "finder such as optx.Newton(...), or state the inner problem as bx.FixedPoint."
             )
-        return _user_function
+        return _iteration
     return _residual

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -40,6 +40,15 @@ class AbstractIterativeLinearSolver(OneLine, lx.AbstractLinearSolver):
     `options`, `y0` is the initial guess and `preconditioner` an operator or a callable
     that approximates the inverse.
     """
+
+    # "symmetric" or "symmetric positive definite", where the systems must be that.
+    needs: ClassVar[str | None] = None
+
+    def for_nonsymmetric(self) -> "AbstractIterativeLinearSolver":
+        """The solver for systems without symmetry; refused where it needs one."""
+        if self.needs is not None:
+            refuse_nonsymmetric(f"bx.{type(self).__name__}", self.needs)
+        return self
 
     @abc.abstractmethod
     def solve(
@@ -165,3 +174,11 @@ def _to_lineax(result: RESULTS) -> Any:
     ):
         out = lx.RESULTS.where(result == ours, theirs, out)
     return out
+
+
+def refuse_nonsymmetric(name: str, needed: str) -> NoReturn:
+    """Say that a solver is for other systems."""
+    raise ValueError(
+        f"{name} needs a {needed} system, but the derivative of a Root or FixedPoint condition "
+        "is not symmetric. Use GMRES(), lx.BiCGStab(...) or, with few variables, Direct()."
+    )

@@ -1,7 +1,7 @@
 """Conjugate gradients on pytrees, with an outcome for everything that can go wrong."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -77,6 +77,8 @@ class CG(AbstractIterativeLinearSolver):
     Reference: Hestenes and Stiefel, "Methods of conjugate gradients for solving linear
     systems", J. Res. Nat. Bur. Standards 49 (1952), equations (3:1).
     """
+
+    needs: ClassVar[str] = "symmetric positive definite"
 
     rtol: float | Scalar | None = None
     atol: float | Scalar = 0.0

@@ -1,7 +1,7 @@
 """Chebyshev semi-iteration: no inner products in the loop."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -76,6 +76,8 @@ class Chebyshev(AbstractIterativeLinearSolver):
     overrelaxation iterative methods, and second order Richardson iterative methods",
     Numer. Math. 3 (1961), section 2.
     """
+
+    needs: ClassVar[str] = "symmetric positive definite"
 
     bounds: tuple[float | Scalar, float | Scalar] | None = None
     rtol: float | Scalar | None = None

@@ -82,6 +82,9 @@ class Direct(AbstractIterativeLinearSolver):
     indefinite: bool = False
     is_symmetric: bool = True
 
+    def for_nonsymmetric(self) -> "Direct":
+        return dataclasses.replace(self, is_symmetric=False)
+
     def solve(
         self,
         matvec: Callable[[PyTree], PyTree],

@@ -1,5 +1,6 @@
 """Gradient descent on the quadratic `1/2 v'A v - v'b`."""
 
+import dataclasses
 from collections.abc import Callable
 
 import equinox as eqx
@@ -75,6 +76,10 @@ class GradientDescent(AbstractIterativeLinearSolver):
         check_step_size("GradientDescent", self.step_size)
         check_tolerance("GradientDescent", rtol=self.rtol, atol=self.atol)
         check_count("GradientDescent", max_steps=self.max_steps, num_steps=self.num_steps)
+
+    def for_nonsymmetric(self) -> "GradientDescent":
+        # The largest eigenvalue says nothing about convergence here; for A = I - T' one does.
+        return self if self.step_size is not None else dataclasses.replace(self, step_size=1.0)
 
     def solve(
         self,

@@ -1,6 +1,7 @@
 """MINRES in the range of the matrix: indefinite and singular symmetric systems."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -73,6 +74,8 @@ class MINRES(AbstractIterativeLinearSolver):
     equations", SIAM J. Numer. Anal. 12 (1975), section 6; begun with `A b` by Hanke,
     "Conjugate gradient type methods for ill-posed problems" (1995), chapter 6 (MR-II).
     """
+
+    needs: ClassVar[str] = "symmetric"
 
     rtol: float | Scalar | None = None
     atol: float | Scalar = 0.0

@@ -1,5 +1,6 @@
 """The Neumann series, cut after a fixed number of terms."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -64,6 +65,10 @@ class Neumann(AbstractIterativeLinearSolver):
     def __check_init__(self) -> None:
         check_count("Neumann", required=True, num_terms=self.num_terms)
         check_step_size("Neumann", self.step_size)
+
+    def for_nonsymmetric(self) -> "Neumann":
+        # As for `GradientDescent`.
+        return self if self.step_size is not None else dataclasses.replace(self, step_size=1.0)
 
     def solve(
         self,

@@ -1,6 +1,7 @@
 """A sequence of linear systems: the subspace that was hard is kept for the next one."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -80,6 +81,8 @@ class Recycled(AbstractIterativeLinearSolver):
     multiple right-hand side linear systems", SIAM J. Sci. Comput. 32 (2010), section 2;
     the preconditioner: Tang, Nabben, Vuik, Erlangga, J. Sci. Comput. 39 (2009), BNN.
     """
+
+    needs: ClassVar[str] = "symmetric positive definite"
 
     solver: CG
     rank: int

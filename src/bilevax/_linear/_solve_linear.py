@@ -1,22 +1,15 @@
 """One entry for every linear solver, ours and Lineax'."""
 
-import dataclasses
 from collections.abc import Callable
 
-import equinox as eqx
 import lineax as lx
 from jaxtyping import Array, PyTree
 
-from ._base import AbstractIterativeLinearSolver, LinearSolution
+from ._base import AbstractIterativeLinearSolver, LinearSolution, refuse_nonsymmetric
 from ._cg import CG
-from ._chebyshev import Chebyshev
 from ._direct import Direct
 from ._gmres import GMRES
-from ._gradient_descent import GradientDescent
 from ._lineax import NEEDS_DEFINITE, solve_by_lineax
-from ._minres import MINRES
-from ._neumann import Neumann
-from ._recycled import Recycled
 
 # Up to this size the whole spectrum costs no more than conjugate gradients, and tells more.
 DIRECT_SIZE = 32
@@ -80,18 +73,8 @@ def default_linear_solver(is_symmetric: bool, size: int) -> lx.AbstractLinearSol
 
 
 def _for_nonsymmetric(solver: lx.AbstractLinearSolver) -> lx.AbstractLinearSolver:
-    if isinstance(solver, Direct):
-        return dataclasses.replace(solver, is_symmetric=False)
-    needs_symmetric = isinstance(solver, (CG, Recycled, MINRES, Chebyshev, *NEEDS_DEFINITE))
-    if needs_symmetric:
-        prefix = "lx." if isinstance(solver, NEEDS_DEFINITE) else ""
-        kind = "symmetric" if isinstance(solver, MINRES) else "symmetric positive definite"
-        raise ValueError(
-            f"{prefix}{type(solver).__name__} needs a {kind} system, but the derivative of a "
-            "Root or FixedPoint condition is not symmetric. Use GMRES(), lx.BiCGStab(...) or, "
-            "with few variables, Direct()."
-        )
-    if isinstance(solver, (GradientDescent, Neumann)) and solver.step_size is None:
-        # The largest eigenvalue says nothing about convergence here; for A = I - T' one does.
-        return eqx.tree_at(lambda s: s.step_size, solver, 1.0, is_leaf=lambda x: x is None)
+    if isinstance(solver, AbstractIterativeLinearSolver):
+        return solver.for_nonsymmetric()
+    if isinstance(solver, NEEDS_DEFINITE):
+        refuse_nonsymmetric(f"lx.{type(solver).__name__}", "symmetric positive definite")
     return solver

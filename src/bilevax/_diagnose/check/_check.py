@@ -14,7 +14,7 @@ from ..._hypergradient.implicit._implicit import Implicit
 from ..._inner._newton_cg import NewtonCG
 from ..._jit import standard_promotion
 from ..._linear import GMRES
-from ..._problem import AbstractCondition, Bilevel, as_arrays, is_start_function, objective, prepare
+from ..._problem import AbstractCondition, Bilevel, as_arrays, is_start_function, prepare
 from ..._reach._traced import refuse_traced
 from ..._tree import tree_dtype, tree_size
 from ..measure._spectrum import DENSE_SIZE
@@ -119,7 +119,7 @@ def check(
 def tight_solver(condition: AbstractCondition, x: PyTree) -> Any:
     """Solves as far as the dtype goes, and a little short of where it stalls."""
     tolerance = 1e-12 if tree_dtype(x) == jnp.float64 else 1e-6
-    if objective(condition) is not None:
+    if condition.objective is not None:
         return NewtonCG(rtol=tolerance)
     if tree_size(x) <= DENSE_SIZE:
         return optx.Newton(rtol=tolerance, atol=tolerance)

@@ -22,7 +22,7 @@ from ..._inner._default import as_inner_solver
 from ..._inner._descent import Descent
 from ..._inner._external import External
 from ..._linear import Neumann
-from ..._problem import Bilevel, objective, start_at
+from ..._problem import Bilevel, start_at
 from ..._tree import tree_size
 from ..measure._prospect import look_at_inner
 from ..measure._spectrum import spectrum
@@ -53,7 +53,7 @@ def find_setting(
         start = jax.tree_util.tree_map(jnp.asarray, solver.on_host(problem.inner, start, theta))
         seconds = time.perf_counter() - began
         solver, x0 = solver.as_given(), start
-    is_chosen = inner_solver is not None or objective(problem.inner) is None
+    is_chosen = inner_solver is not None or problem.inner.objective is None
     if is_chosen and isinstance(solver, AbstractSteppingSolver):
         return Setting(x0, solver, solver, seconds, ())
     stand_in = _stand_in(problem, start, theta, num_steps)
@@ -68,7 +68,7 @@ def find_setting(
 
 def _stand_in(problem: Bilevel, x: PyTree, theta: PyTree, num_steps: int | None) -> Descent | None:
     """Gradient descent with the step size 1/L; as many steps as seven digits of x take."""
-    if objective(problem.inner) is None:
+    if problem.inner.objective is None:
         return None
     solution = look_at_inner(problem, as_inner_solver(None, problem.inner, x), x, theta).x
     ends = spectrum(problem, solution, theta, _LANCZOS_STEPS)

@@ -12,7 +12,7 @@ from ..._inner._default import as_inner_solver
 from ..._inner._external import External
 from ..._jit import lean_jit
 from ..._linear import CG, GMRES, solve_linear
-from ..._problem import Bilevel, objective
+from ..._problem import Bilevel
 from ..._results import RESULTS
 from ..._tree import tree_all_finite, tree_axpy, tree_dot, tree_norm, tree_sub, tree_where
 from ._lanczos import largest_singular_value
@@ -121,7 +121,7 @@ def probe(
 
     With their derivatives in `t` as JAX takes them.
     """
-    inner = objective(problem.inner)
+    inner = problem.inner.objective
 
     def values(t: Scalar) -> Float[Array, " n"]:
         moved_x, moved_theta = tree_axpy(t, dx, x), tree_axpy(t, dtheta, theta)

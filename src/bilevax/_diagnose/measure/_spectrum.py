@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ..._jit import lean_jit
-from ..._problem import Bilevel, FixedPoint
+from ..._problem import Bilevel
 from ..._tree import dense_columns, tree_dtype, tree_size, tree_sub
 from ._differences import gaussian
 from ._lanczos import growth_rate, largest_singular_value, ritz_values, tridiagonalise
@@ -41,7 +41,7 @@ class Spectrum(NamedTuple):
 def spectrum(problem: Bilevel, x: PyTree, theta: PyTree, max_lanczos_steps: int) -> Spectrum:
     """The extreme eigenvalues (singular values without symmetry) at `x`."""
     is_symmetric = problem.inner.is_symmetric
-    is_fixed_point = isinstance(problem.inner, FixedPoint)
+    is_fixed_point = problem.inner.iteration is not None
     rounding = float(jnp.finfo(tree_dtype(x)).eps)
     if tree_size(x) <= DENSE_SIZE:
         matrix = np.asarray(_matrix(problem, x, theta), np.float64)
@@ -128,7 +128,7 @@ def _krylov(
         return *tridiagonalise(matvec, start, num_steps), None, None
     transpose = _transpose(matvec, x)
     normal = tridiagonalise(lambda v: transpose(matvec(v)), start, num_steps)
-    if not isinstance(problem.inner, FixedPoint):
+    if problem.inner.iteration is None:
         return *normal, None, None
     # T' = I - A
     forward = lambda v: tree_sub(v, matvec(v))  # noqa: E731

@@ -13,7 +13,7 @@ from ..._hypergradient.implicit._minimum_norm import MinimumNorm
 from ..._linear import CG, GMRES, MINRES, Neumann
 from ..._linear._solve_linear import DIRECT_SIZE
 from ..._precondition import Jacobi
-from ..._problem import Bilevel, FixedPoint
+from ..._problem import Bilevel
 from ..._tree import tree_dtype, tree_norm, tree_size
 from ..measure._prospect import Inner, look_at_gradient, relative_difference
 from ..measure._spectrum import Spectrum
@@ -122,7 +122,7 @@ def try_minimum_norm(problem: Bilevel, inner: Inner, theta: PyTree, rtol: float)
 def _num_terms(problem: Bilevel, rtol: float, ends: Spectrum) -> int:
     """Of the Neumann series of a fixed point, by its contraction; 0 if there are too many."""
     rate = ends.spectral_radius
-    if not isinstance(problem.inner, FixedPoint) or not rate < 0.9:
+    if problem.inner.iteration is None or not rate < 0.9:
         return 0
     num_terms = int(np.ceil(np.log(_SHARE * rtol) / np.log(max(rate, 1e-3)))) + 1
     return num_terms if num_terms <= _MAX_TERMS else 0

@@ -8,7 +8,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar
 
 from ..._linear._common import largest_eigenvalue
-from ..._problem import Bilevel, objective
+from ..._problem import Bilevel
 from ..._tree import tree_dot, tree_norm, tree_size
 from .._linearise import linearise
 
@@ -47,7 +47,7 @@ def error_bound(
     hypergradients for bilevel learning" (2023, arXiv:2301.04764), in the form that needs
     only the two norms of phi.
     """
-    inner = objective(problem.inner)
+    inner = problem.inner.objective
     assert inner is not None
 
     def phi(x: PyTree, theta: PyTree) -> Scalar:

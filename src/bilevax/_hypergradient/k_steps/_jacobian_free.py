@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Array, PyTree, Scalar
 
 from ..._checks import check_step_size
-from ..._problem import AbstractCondition, FixedPoint, Root
+from ..._problem import AbstractCondition
 from .._at_solution import AbstractAtSolution, Adjoint, Solved
 from .._base import HypergradientState, Query
 from ._series import StepSeries, adjoint_by_series, apply_series, attach_series
@@ -75,9 +75,10 @@ class JacobianFree(AbstractAtSolution):
         return apply_series(series, primal_fn, rewrite_fn, inputs)
 
     def _series(self, condition: AbstractCondition) -> StepSeries:
-        if isinstance(condition, Root):
+        is_fixed_point = condition.iteration is not None
+        if condition.objective is None and not is_fixed_point:
             _refuse_root()
-        return self._of_step(isinstance(condition, FixedPoint))
+        return self._of_step(is_fixed_point)
 
     def _of_step(self, is_fixed_point: bool) -> StepSeries:
         is_default = self.step_size is None and is_fixed_point

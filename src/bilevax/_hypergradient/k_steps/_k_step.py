@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree, Scalar
 
 from ..._checks import check_positive, check_step_size
 from ..._inner._optimistix import Optimistix
-from ..._problem import AbstractCondition, FixedPoint, Root
+from ..._problem import AbstractCondition
 from .._at_solution import AbstractAtSolution, Adjoint, Solved
 from .._base import Estimate, HypergradientState, Query
 from ._own_steps import apply_steps, estimate_by_steps, has_own_steps, solution_by_steps, unwrapped
@@ -130,6 +130,6 @@ class KStep(AbstractAtSolution):
 
 def _kind(condition: AbstractCondition) -> str:
     """In the words of Optimistix."""
-    if isinstance(condition, Root):
-        return "root_find"
-    return "fixed_point" if isinstance(condition, FixedPoint) else "minimise"
+    if condition.iteration is not None:
+        return "fixed_point"
+    return "root_find" if condition.objective is None else "minimise"

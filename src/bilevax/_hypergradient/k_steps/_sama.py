@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree
 from ..._inner._base import AbstractSteppingSolver, Counts
 from ..._inner._descent import Descent
 from ..._inner._optimistix import Optimistix
-from ..._problem import AbstractCondition, Minimum, objective
+from ..._problem import AbstractCondition, Minimum
 from ..._tree import stop_gradient, tree_dot, tree_norm, tree_sub, tree_zeros_like
 from .._base import AbstractHypergradient, Estimate, HypergradientState, Query, as_stats
 from .._linearise import point
@@ -162,7 +162,7 @@ def _shifted(condition: AbstractCondition, shift: PyTree) -> Minimum:
 
     def fn(x: PyTree, theta: PyTree, *data: PyTree) -> Array:
         batch = dataclasses.replace(condition, data=data[0]) if data else condition
-        return objective(batch)(x, theta) + tree_dot(shift, x)  # type: ignore[misc]
+        return batch.objective(x, theta) + tree_dot(shift, x)  # type: ignore[misc]
 
     return Minimum(fn, condition.data)
 

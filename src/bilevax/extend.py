@@ -1,0 +1,51 @@
+"""What an algorithm of your own derives from: see "Adding an algorithm" in CONTRIBUTING.md.
+
+A condition, an inner solver, a linear solver, a preconditioner, a rule or an outer method that is
+defined elsewhere works wherever one of bilevax does, or is refused by name.
+"""
+
+from ._hypergradient._at_solution import (
+    AbstractAtSolution,
+    Adjoint,
+    Solved,
+)
+from ._hypergradient._base import (
+    AbstractHypergradient,
+    HypergradientState,
+    Query,
+)
+from ._hypergradient._linearise import Point
+from ._inner._base import (
+    AbstractInnerSolver,
+    AbstractSteppingSolver,
+    Counts,
+    InnerSolution,
+    measure,
+)
+from ._linear import (
+    AbstractIterativeLinearSolver,
+    LinearSolution,
+)
+from ._outer._base import AbstractMethod
+from ._precondition import AbstractPreconditioner
+from ._problem import AbstractCondition
+
+__all__ = [
+    "AbstractAtSolution",
+    "AbstractCondition",
+    "AbstractHypergradient",
+    "AbstractInnerSolver",
+    "AbstractIterativeLinearSolver",
+    "AbstractMethod",
+    "AbstractPreconditioner",
+    "AbstractSteppingSolver",
+    "Adjoint",
+    "Counts",
+    "HypergradientState",
+    "InnerSolution",
+    "LinearSolution",
+    "Point",
+    "Query",
+    "Solved",
+    "measure",
+]

@@ -1,0 +1,197 @@
+"""What is defined elsewhere works wherever one of bilevax does, or is refused by name."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevax as bx
+from bilevax import extend
+
+MATRIX = jnp.array([[3.0, 1.0, 0.0], [0.5, 2.0, 0.3], [0.0, -0.4, 2.5]])
+TARGET = jnp.array([1.0, -1.0, 0.5])
+X0, THETA = jnp.zeros(3), jnp.array([0.7, -0.2])
+SIDE = jnp.array([[1.0, 0.0], [0.5, 1.0], [-1.0, 2.0]])
+
+
+def outer(x, theta):
+    return 0.5 * jnp.sum((x - TARGET) ** 2) + 0.1 * jnp.sum(theta**2)
+
+
+def exact(matrix, side=SIDE):
+    """Of `matrix x = side theta`."""
+    x = jnp.linalg.solve(matrix, side @ THETA)
+    return 0.2 * THETA + side.T @ jnp.linalg.solve(matrix.T, x - TARGET)
+
+
+# --- a condition
+
+
+class Balance(extend.AbstractCondition):
+    """`supply(x) = demand(theta)`: two functions where ours have one, no objective, no map."""
+
+    fn: Callable
+    demand: Callable
+    data: Any = None
+    is_symmetric: ClassVar[bool] = False
+
+    def residual(self, x, theta):
+        return self.fn(x, theta) - self.demand(theta)
+
+
+BALANCE = bx.Bilevel(Balance(lambda x, _: MATRIX @ x, lambda theta: SIDE @ theta), outer)
+RULES = {
+    "Implicit": (bx.Implicit(), 1e-9),
+    "GMRES": (bx.Implicit(bx.GMRES(rtol=1e-12)), 1e-9),
+    "error estimate": (bx.Implicit(error_estimate=True), 1e-9),
+    "MinimumNorm": (bx.MinimumNorm(), 1e-9),
+    "KStep": (bx.KStep(400, step_size=0.1), 1e-7),
+    "Unrolled": (bx.Unrolled(), 1e-9),
+    "ForwardMode": (bx.ForwardMode(), 1e-9),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_condition(name):
+    rule, bound = RULES[name]
+    solver = None if "Mode" not in name and name != "Unrolled" else bx.NewtonCG(rtol=1e-12)
+    estimate, _ = bx.hypergradient(BALANCE, X0, THETA, inner_solver=solver, rule=rule)
+    np.testing.assert_allclose(estimate.grad, exact(MATRIX), rtol=bound)
+
+
+def test_a_condition_is_differentiated_solved_and_diagnosed():
+    x_star = bx.argmin(BALANCE.inner)
+    found = jax.jacrev(lambda theta: x_star(X0, theta))(THETA)
+    np.testing.assert_allclose(found, jnp.linalg.solve(MATRIX, SIDE), rtol=1e-9)
+    solution = bx.solve(BALANCE, X0, THETA, num_steps=2, progress=False)
+    assert not solution.stats["num_flagged"]
+    assert "Balance" in str(bx.check(BALANCE, solution.x, THETA, verbose=False))
+
+
+@pytest.mark.parametrize(
+    ("rule", "solver", "message"),
+    [
+        (bx.JacobianFree(), None, "JacobianFree"),
+        (bx.Implicit(bx.CG()), None, "CG needs a symmetric"),
+        (bx.Unrolled(), bx.Descent(optax.sgd(0.1), num_steps=3), "Balance"),
+        (bx.SAMA(), bx.Descent(optax.sgd(0.1), num_steps=3), "Balance"),
+    ],
+)
+def test_what_takes_a_minimum_refuses_a_condition_that_is_none(rule, solver, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        bx.hypergradient(BALANCE, X0, THETA, inner_solver=solver, rule=rule)
+
+
+# --- an inner solver and a linear solver
+
+
+class Exact(extend.AbstractInnerSolver):
+    """Solves a linear equation in one go; has no steps."""
+
+    def init(self, condition, x0, theta):
+        return None
+
+    def solve(self, condition, x0, theta, state):
+        residual = condition.residual(x0, theta)
+        jacobian = jax.jacfwd(condition.residual)(x0, theta)
+        x = x0 - jnp.linalg.solve(jacobian, residual)
+        counts = extend.Counts(gradients=1, hessian=x.size)
+        return extend.measure(condition, x, x0, theta, 1e-10, 0.0, 1, counts), state
+
+
+class Inverse(extend.AbstractIterativeLinearSolver):
+    """Forms the matrix."""
+
+    needs: ClassVar[str | None] = None
+
+    def solve(self, matvec, b, v0=None, preconditioner=None):
+        matrix = jax.vmap(matvec)(jnp.eye(b.size)).T
+        value = jnp.linalg.solve(matrix, b)
+        zero, size = jnp.zeros(()), jnp.asarray(b.size, jnp.int32)
+        return extend.LinearSolution(value, zero, zero + 1e-8, size, size, bx.RESULTS.successful)
+
+
+class ForDefinite(Inverse):
+    needs: ClassVar[str | None] = "symmetric positive definite"
+
+
+def test_solvers():
+    rule = bx.Implicit(Inverse())
+    estimate, _ = bx.hypergradient(BALANCE, X0, THETA, inner_solver=Exact(), rule=rule)
+    np.testing.assert_allclose(estimate.grad, exact(MATRIX), rtol=1e-9)
+    assert estimate.adjoint_residual < 1e-14  # measured, whatever the solver says
+    method = bx.DoubleLoop(Exact(), rule)
+    assert not bx.solve(BALANCE, X0, THETA, method, num_steps=2, progress=False).stats[
+        "num_flagged"
+    ]
+
+
+def test_solvers_are_refused_by_name():
+    with pytest.raises(ValueError, match="ForDefinite needs a symmetric positive definite system"):
+        bx.hypergradient(BALANCE, X0, THETA, rule=bx.Implicit(ForDefinite()))
+    with pytest.raises(TypeError, match="Exact"):
+        bx.hypergradient(BALANCE, X0, THETA, inner_solver=Exact(), rule=bx.Unrolled())
+
+
+# --- a rule: the skeleton of CONTRIBUTING.md
+
+
+class Damped(extend.AbstractAtSolution):
+    """`v = (A + damping I)^-1 b`, by its own means."""
+
+    damping: float = 0.0
+
+    def adjoint(self, query, solved, state):
+        at = solved.at
+        matrix = jax.vmap(at.at.adjoint)(jnp.eye(at.grad_x.size)).T
+        v = jnp.linalg.solve(matrix + self.damping * jnp.eye(len(matrix)), at.grad_x)
+        grad, product = at.hypergradient(v)
+        left = jnp.linalg.norm(at.grad_x - product) / jnp.linalg.norm(at.grad_x)
+        counts = extend.Counts(gradients=1, hessian=len(matrix), cross=1)
+        return extend.Adjoint(grad, v, (), counts, 0, {"adjoint_residual": left})
+
+    def attach(self, query, x, inner_state, throw, failed):
+        return bx.Implicit(damping=self.damping).attach(query, x, inner_state, throw, failed)
+
+    def apply(self, primal_fn, rewrite_fn, inputs, tags):
+        return bx.Implicit(damping=self.damping).apply(primal_fn, rewrite_fn, inputs, tags)
+
+
+SYMMETRIC = MATRIX + MATRIX.T
+RIDGE = bx.Bilevel(
+    lambda x, theta: 0.5 * x @ (SYMMETRIC @ x) - x @ (SIDE @ theta),
+    outer,
+)
+
+
+@pytest.mark.parametrize("problem", [BALANCE, RIDGE], ids=["Balance", "Minimum"])
+def test_a_rule(problem):
+    estimate, state = bx.hypergradient(problem, X0, THETA, rule=Damped())
+    expected = exact(MATRIX if problem is BALANCE else SYMMETRIC)
+    np.testing.assert_allclose(estimate.grad, expected, rtol=1e-8)
+    assert estimate.result == bx.RESULTS.successful
+    assert estimate.adjoint_tolerance is None
+    again, _ = bx.hypergradient(problem, X0, THETA, rule=Damped(), state=state)
+    np.testing.assert_allclose(again.grad, expected, rtol=1e-8)
+    x_star = bx.argmin(problem.inner, rule=Damped())
+    total = jax.grad(lambda theta: outer(x_star(X0, theta), theta))(THETA)
+    np.testing.assert_allclose(total, expected, rtol=1e-8)
+
+
+def test_a_rule_in_a_run_and_what_is_refused():
+    method = bx.DoubleLoop(hypergradient=Damped())
+    solution = bx.solve(RIDGE, X0, THETA, method, num_steps=3, progress=False)
+    assert not solution.stats["num_flagged"]
+    assert "Damped" in str(bx.compare(RIDGE, X0, THETA, rules=[Damped()]))
+    with pytest.raises(TypeError, match="Damped"):  # no derivative of its own estimate
+        jax.grad(lambda t: bx.hypergradient(RIDGE, X0, t, rule=Damped(), throw=False)[0].value)(
+            THETA
+        )
+    with pytest.raises(TypeError, match="Damped"):
+        bx.jacobian(RIDGE, X0, THETA, rule=Damped())
+    with pytest.raises(TypeError, match="Damped"):
+        bx.solve(RIDGE, X0, THETA, bx.MAID(hypergradient=Damped()), num_steps=2, progress=False)
