@@ -1,6 +1,5 @@
 """`solve`: the only outer loop. Compiled in chunks; between chunks it talks to the person."""
 
-import dataclasses
 import time
 import warnings
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from ._hypergradient._base import AbstractHypergradient
 from ._hypergradient._entry import check_types, explained, is_unexplained
 from ._hypergradient._locate import locate
 from ._hypergradient.implicit._implicit import Implicit
-from ._inner._external import External
 from ._outer._base import AbstractMethod
 from ._outer._best import choose
 from ._outer._chunk import MAX_CHUNK, REASONS, columns, init_method, run_chunk
@@ -147,29 +145,26 @@ def solve(
 
 def _with_rule(
     method: AbstractMethod, rule: Any, problem: Bilevel, x0: PyTree, theta0: PyTree
-) -> tuple[DoubleLoop, str | None]:
-    """The double loop with this rule and, if it was chosen here, which one and why."""
-    is_open = (
-        isinstance(method, DoubleLoop)
-        and isinstance(method.hypergradient, Implicit)
-        and method.hypergradient == Implicit()
-    )
-    if not is_open:
+) -> tuple[AbstractMethod, str | None]:
+    """The method with this rule and, if it was chosen here, which one and why."""
+    if isinstance(rule, str) and rule != "auto":
+        raise ValueError(f"solve(rule=...) must be a rule or 'auto'; got {rule!r}.")
+    if method.with_rule(Implicit()) is None:
         raise ValueError(
             "solve(rule=...) is for bx.DoubleLoop(...) without a rule of its own; got "
             f"method={type(method).__name__}, which has one. Leave out one of the two."
         )
-    assert isinstance(method, DoubleLoop)
-    if isinstance(rule, str) and rule != "auto":
-        raise ValueError(f"solve(rule=...) must be a rule or 'auto'; got {rule!r}.")
-    if not isinstance(rule, str):
-        check_types(problem, rule)
-        return dataclasses.replace(method, hypergradient=rule), None
-    advice = recommend(problem, x0, theta0, inner_solver=method.inner_solver)
-    reason = f"{as_written(advice.rule)}, because {advice.reason}"
-    if advice.warning:
-        reason += f". Warning: {advice.warning}"
-    return dataclasses.replace(method, hypergradient=advice.rule), reason
+    reason = None
+    if isinstance(rule, str):
+        inner_solver = getattr(method, "inner_solver", None)
+        advice = recommend(problem, x0, theta0, inner_solver=inner_solver)
+        rule, reason = advice.rule, f"{as_written(advice.rule)}, because {advice.reason}"
+        if advice.warning:
+            reason += f". Warning: {advice.warning}"
+    check_types(problem, rule)
+    chosen = method.with_rule(rule)
+    assert chosen is not None
+    return chosen, reason
 
 
 class _Run:
@@ -183,12 +178,7 @@ class _Run:
         x0 = start_as_arrays(x0)
         self.given = problem, x0
         self.problem, self.x0, theta = bind(problem, x0, as_arrays(theta0))
-        self.external = None
-        if isinstance(method, DoubleLoop) and isinstance(method.inner_solver, External):
-            self.external = method.inner_solver
-            self.keeps_x = method.start != "cold"
-            given = self.external.as_given()
-            method = dataclasses.replace(method, inner_solver=given, start="warm")
+        method, self.external, self.keeps_x = method.for_host()
         self.method = method
         self.state, self.best = init_method(self.problem, self.method, self.x0, theta)
         self.rows: list[dict[str, Any]] = []

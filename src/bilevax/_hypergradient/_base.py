@@ -1,7 +1,7 @@
 """Hypergradient rules: `problem, x0, theta, state -> Estimate, state`."""
 
 import abc
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -131,6 +131,22 @@ class AbstractHypergradient(OneLine, optx.AbstractAdjoint):
     differentiable function, behind `bx.argmin`), and `apply` (an Optimistix adjoint, for
     `optx.minimise(..., adjoint=rule)` and its siblings).
     """
+
+    # What the library asks of a rule, and never its class.
+    is_implicit: ClassVar[bool] = False  # the derivative of the solution itself, of any order
+    needs_steps: ClassVar[bool] = False  # an inner solver whose steps JAX sees
+
+    @property
+    def is_default(self) -> bool:
+        """Whether the library may choose how to treat a singular system."""
+        return False
+
+    def with_linear_rtol(
+        self, rtol: Scalar, condition: AbstractCondition, x: PyTree
+    ) -> "AbstractHypergradient | None":
+        """The rule that solves its linear system to `rtol`; `None` if it has none to choose for."""
+        del rtol, condition, x
+        return None
 
     @abc.abstractmethod
     def init(self, query: Query) -> HypergradientState:

@@ -164,8 +164,7 @@ def is_unexplained(result: RESULTS) -> bool:
 
 def is_singular(rule: AbstractHypergradient, result: RESULTS) -> bool:
     """Whether `MinimumNorm` is to take over from the rule, which found a singular system."""
-    may_change = isinstance(rule, Implicit) and rule.is_default
-    return may_change and _is(result, RESULTS.singular)
+    return rule.is_default and _is(result, RESULTS.singular)
 
 
 def _is(result: RESULTS, *outcomes: RESULTS) -> bool:

@@ -7,6 +7,8 @@ import equinox as eqx
 from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._as_written import OneLine
+from .._hypergradient._base import AbstractHypergradient
+from .._inner._external import External
 from .._problem import Bilevel
 from .._results import RESULTS
 
@@ -52,6 +54,18 @@ class AbstractMethod(OneLine, eqx.Module):
         self, problem: Bilevel, x0: PyTree, state: Any, move: Bool[Array, ""]
     ) -> tuple[Any, StepInfo]:
         """One outer step."""
+
+    def with_rule(self, rule: AbstractHypergradient) -> "AbstractMethod | None":
+        """The method with this rule; `None` if it has one of its own, or none at all."""
+        del rule
+        return None
+
+    def for_host(self) -> "tuple[AbstractMethod, External | None, bool]":
+        """The method where x comes from a solver on the host, that solver, and whether x stays.
+
+        Before each step the host then solves for x, from the last x if that stays.
+        """
+        return self, None, False
 
     def for_singular(self) -> "AbstractMethod | None":
         """The method to go on with, from the same state, where the adjoint system is singular.

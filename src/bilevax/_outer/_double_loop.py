@@ -131,9 +131,7 @@ class DoubleLoop(AbstractMethod):
                 "`tolerances` must be bx.ExponentialTolerance(...) or "
                 f"bx.PolynomialTolerance(...); got {type(tolerances).__name__}."
             )
-        if isinstance(optimizer, OuterNewton) and not isinstance(
-            hypergradient, Implicit | MinimumNorm
-        ):
+        if isinstance(optimizer, OuterNewton) and not hypergradient.is_implicit:
             raise TypeError(
                 "OuterNewton differentiates twice and needs an implicit rule, bx.Implicit() or "
                 f"bx.MinimumNorm(); got {type(hypergradient).__name__}. Use bx.OuterLBFGS()."
@@ -147,9 +145,21 @@ class DoubleLoop(AbstractMethod):
 
     def for_singular(self) -> "DoubleLoop | None":
         rule = self.hypergradient
-        if self.tolerances is not None or not isinstance(rule, Implicit) or not rule.is_default:
+        if self.tolerances is not None or not rule.is_default:
             return None
-        return dataclasses.replace(self, hypergradient=MinimumNorm(inexact=rule.inexact))
+        is_inexact = getattr(rule, "inexact", False)
+        return dataclasses.replace(self, hypergradient=MinimumNorm(inexact=is_inexact))
+
+    def with_rule(self, rule: AbstractHypergradient) -> "DoubleLoop | None":
+        is_open = self.hypergradient == Implicit()
+        return dataclasses.replace(self, hypergradient=rule) if is_open else None
+
+    def for_host(self) -> tuple["DoubleLoop", External | None, bool]:
+        external = self.inner_solver
+        if not isinstance(external, External):
+            return self, None, False
+        given = dataclasses.replace(self, inner_solver=external.as_given(), start="warm")
+        return given, external, self.start != "cold"
 
     def init(self, problem: Bilevel, x0: PyTree, theta: PyTree) -> "DoubleLoopState":
         count = jnp.asarray(0, jnp.int32)

@@ -142,8 +142,9 @@ class MAID(AbstractMethod):
         x = start_at(x0, theta)
         tolerance = jnp.minimum(jnp.asarray(self.tolerance, tree_dtype(x)), _LOOSEST)
         solver, rule = self._parts(problem, x, tolerance)
-        warm = rule.init(Query(problem, solver, x, theta))
-        struct = eqx.filter_eval_shape(rule.estimate, problem, solver, x, theta, warm)[0]
+        query = Query(problem, solver, x, theta)
+        warm = rule.init(query)
+        struct = eqx.filter_eval_shape(rule.estimate, query, warm)[0]
         known = jtu.tree_map(
             lambda s: jnp.zeros(s.shape, s.dtype) if isinstance(s, jax.ShapeDtypeStruct) else s,
             struct,

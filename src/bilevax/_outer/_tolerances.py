@@ -1,7 +1,6 @@
 """How exactly to solve both systems at which outer step."""
 
 import abc
-import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -11,12 +10,9 @@ from jaxtyping import Array, Int, PyTree, Scalar
 from .._as_written import OneLine
 from .._checks import check_tolerance
 from .._hypergradient._base import AbstractHypergradient
-from .._hypergradient.implicit._adjoint import with_rtol
-from .._hypergradient.implicit._implicit import Implicit
 from .._inner._base import AbstractInnerSolver
-from .._linear import default_linear_solver
 from .._problem import AbstractCondition
-from .._tree import default_rtol, tree_dtype, tree_size
+from .._tree import default_rtol, tree_dtype
 
 
 class AbstractToleranceSchedule(OneLine, eqx.Module):
@@ -122,7 +118,7 @@ def at_tolerances(
     condition: AbstractCondition,
     x: PyTree,
     tolerances: tuple[Scalar, Scalar],
-) -> tuple[AbstractInnerSolver, Implicit]:
+) -> tuple[AbstractInnerSolver, Any]:
     """Inner solver and rule with these tolerances, or an error that says why not."""
     inner_rtol, linear_rtol = tolerances
     told = solver.with_rtol(inner_rtol)
@@ -132,14 +128,11 @@ def at_tolerances(
             "of steps, or it is a black box. Use bx.NewtonCG(), bx.LBFGS(), "
             "bx.Descent(..., rtol=...) or an Optimistix solver."
         )
-    if not isinstance(rule, Implicit) or rule.rtol is not None:
-        given = "Implicit(rtol=...)" if isinstance(rule, Implicit) else type(rule).__name__
+    new_rule = rule.with_linear_rtol(linear_rtol, condition, x)
+    if new_rule is None:
+        given = "Implicit(rtol=...)" if rule.is_implicit else type(rule).__name__
         raise TypeError(
             "Tolerances can be chosen for the rule bx.Implicit() without rtol, which chooses "
             f"them itself; got {given}."
         )
-    linear = rule.linear_solver
-    if linear is None:
-        linear = default_linear_solver(condition.is_symmetric, tree_size(x))
-    linear = with_rtol(linear, linear_rtol)
-    return told, dataclasses.replace(rule, linear_solver=linear)
+    return told, new_rule

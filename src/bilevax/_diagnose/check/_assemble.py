@@ -8,8 +8,6 @@ from jaxtyping import PyTree
 
 from ..._hypergradient._base import AbstractHypergradient, Estimate
 from ..._hypergradient._entry import hypergradient
-from ..._hypergradient.implicit._implicit import Implicit
-from ..._hypergradient.implicit._minimum_norm import MinimumNorm
 from ..._inner._external import Given
 from ..._problem import Bilevel
 from ..._tree import default_rtol, tree_dtype, tree_norm, tree_size, tree_sub, tree_zeros_like
@@ -35,7 +33,7 @@ def assemble(
     polished = solve_again(problem, solver, x, theta)
     here = at_point(problem, x, polished.x, theta)
     ends = spectrum(problem, x, theta, max_lanczos_steps)
-    is_implicit = isinstance(rule, (Implicit, MinimumNorm))
+    is_implicit = rule.is_implicit
     if is_implicit:
         start = polished.x
         estimate = _estimate(problem, start, theta, Given(), rule)

@@ -6,8 +6,6 @@ from jaxtyping import PyTree
 
 from ..._as_written import as_written
 from ..._hypergradient._base import AbstractHypergradient
-from ..._hypergradient.unrolled._forward_mode import ForwardMode
-from ..._hypergradient.unrolled._through_steps import AbstractThroughSteps
 from ..._inner._base import AbstractInnerSolver
 from ..._problem import Bilevel
 from ..._results import RESULTS
@@ -35,7 +33,7 @@ def measure_rules(
     failures: dict[str, str] = {}
     solvers: dict[str, tuple[AbstractInnerSolver, PyTree]] = {}
     for name, rule in rules.items():
-        through_steps = isinstance(rule, AbstractThroughSteps | ForwardMode)
+        through_steps = rule.needs_steps
         if through_steps and setting.stepping is not None:
             solvers[name] = setting.stepping, x0
         else:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -41,7 +41,7 @@ from .._base import Estimate, HypergradientState, Query, estimate_of
 from .._derivative import with_derivative
 from .._linearise import Linearised, dual_value
 from ._accuracy import estimate_to_accuracy, first_tolerances
-from ._adjoint import Reached, direct_at, in_own_scale, reached
+from ._adjoint import Reached, direct_at, in_own_scale, reached, with_rtol
 from ._evidence import damping_bias, with_evidence
 from ._implicit_function import System, attach_derivative
 from ._smallest_norm import smallest_norm
@@ -117,6 +117,8 @@ class Implicit(AbstractAtSolution):
     `(grad_x U, A v - d_x L) = 0`.
     """
 
+    is_implicit: ClassVar[bool] = True
+
     linear_solver: lx.AbstractLinearSolver | None = None
     preconditioner: AbstractPreconditioner | None = eqx.field(
         default=None, converter=as_preconditioner
@@ -156,6 +158,14 @@ class Implicit(AbstractAtSolution):
     def is_default(self) -> bool:
         """Whether the library may choose how to treat a singular system."""
         return self.is_plain and self.linear_solver is None and self.preconditioner is None
+
+    def with_linear_rtol(
+        self, rtol: Scalar, condition: AbstractCondition, x: PyTree
+    ) -> "Implicit | None":
+        if self.rtol is not None:  # it chooses itself
+            return None
+        solver = with_rtol(self._solver(x, condition.is_symmetric), rtol)
+        return dataclasses.replace(self, linear_solver=solver)
 
     def init(self, query: Query) -> HypergradientState:
         first = super().init(query)

@@ -1,6 +1,7 @@
 """The hypergradient where the inner problem has many solutions."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -90,6 +91,8 @@ class MinimumNorm(AbstractAtSolution):
     Reference: Arbel and Mairal, "Non-convex bilevel games with critical point selection
     maps", 2022 (arXiv:2207.04888), proposition 1: `d_theta phi = -A^+ B` for the selection.
     """
+
+    is_implicit: ClassVar[bool] = True
 
     max_tangents: int = 32
     inexact: bool = False

@@ -1,6 +1,7 @@
 """Forward mode: the exact derivative of the steps, carried along with them."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -69,6 +70,8 @@ class ForwardMode(AbstractHypergradient):
     Reference: Franceschi, Donini, Frasconi, Pontil, "Forward and reverse gradient-based
     hyperparameter optimization", 2017, section 3.2.
     """
+
+    needs_steps: ClassVar[bool] = True
 
     num_steps: int | None = None
     batch_size: int | None = None

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ class AbstractThroughSteps(AbstractHypergradient):
     Law: `unroll` returns the `x` of the inner solver's own steps, differentiable in theta
     and the arrays of `condition` as the rule says.
     """
+
+    needs_steps: ClassVar[bool] = True
 
     @abc.abstractmethod
     def unroll(
