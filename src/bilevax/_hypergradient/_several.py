@@ -22,8 +22,7 @@ from .._problem import (
     start_as_arrays,
     start_at,
 )
-from .._results import RESULTS, first_failure
-from .._tree import map_rows, tree_all_finite, tree_sub
+from .._tree import map_rows, tree_sub
 from ._base import Estimate, as_stats
 from ._derivative import refuse_derivative
 from ._entry import check_types, raise_failure
@@ -119,7 +118,6 @@ def _estimates(
 
     systems = map_rows(solve, grads_x, at.adjoint, x)
     grad = tree_sub(grads_theta, map_rows(lambda v: at.both(v)[1], systems.value))
-    is_finite = tree_all_finite((values, grad))
     num = values.shape[0]
     counts = Counts(gradients=1, hessian=jnp.sum(systems.num_products), cross=num)
     evidence = {
@@ -127,19 +125,16 @@ def _estimates(
         "adjoint_tolerance": strictest(systems.tolerance),
         "dual_value": jax.vmap(dual_value, (0, 0, None))(values, systems.value, at.residual),
     }
-    return Estimate(
-        value=values,
-        grad=grad,
+    return Estimate.of(
+        values,
+        grad,
+        rule.inner_result(inner.result),
+        first_of_batch(systems),
         aux=aux,
         x=restore(condition, x, theta)[0],
         v=systems.value,
         inner_residual=inner.residual,
         inner_tolerance=inner.tolerance,
-        result=first_failure(
-            rule.inner_result(inner.result),
-            first_of_batch(systems),
-            RESULTS.where(is_finite, RESULTS.successful, RESULTS.nonfinite),
-        ),
         stats=as_stats(inner.counts + counts, inner.num_steps, jnp.sum(systems.num_steps)),
         **evidence,
     )

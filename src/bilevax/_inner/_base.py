@@ -1,6 +1,7 @@
 """Inner solvers: `condition, x0, theta -> InnerSolution`."""
 
 import abc
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -58,6 +59,16 @@ class AbstractInnerSolver(OneLine, eqx.Module):
     optimiser's moments, say); most solvers have none. The warm start from the previous
     `x` is not in it: it arrives as `x0`.
     """
+
+    # Whether it finds x at any theta within a compiled program.
+    solves_anywhere: ClassVar[bool] = True
+
+    def before(
+        self, condition: AbstractCondition, x0: PyTree, theta: PyTree
+    ) -> "tuple[AbstractInnerSolver, PyTree]":
+        """The solver for compiled code, and its start, after the host has done its part."""
+        del condition, theta
+        return self, x0
 
     @abc.abstractmethod
     def init(self, condition: AbstractCondition, x0: PyTree, theta: PyTree) -> PyTree:

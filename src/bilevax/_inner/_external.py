@@ -1,7 +1,7 @@
 """Solutions from elsewhere: a black box on the host, a traceable function, a given x."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -26,6 +26,8 @@ class Given(AbstractInnerSolver):
 
     **Cost:** one gradient and one Hessian product.
     """
+
+    solves_anywhere: ClassVar[bool] = False
 
     rtol: float | None = None
     atol: float | Scalar | None = None
@@ -110,6 +112,8 @@ class External(AbstractInnerSolver):
         ```
     """
 
+    solves_anywhere: ClassVar[bool] = False
+
     fn: Callable = eqx.field(converter=OnHost)
     rtol: float | None = None
     atol: float | None = None
@@ -135,6 +139,12 @@ class External(AbstractInnerSolver):
 
         x = jax.pure_callback(host, jax.eval_shape(lambda: x0), arrays, vmap_method="sequential")
         return measure(condition, x, x0, theta, self.rtol, self.atol, 1, Counts()), None
+
+    def before(
+        self, condition: AbstractCondition, x0: PyTree, theta: PyTree
+    ) -> tuple[Given, PyTree]:
+        answer = self.on_host(condition, x0, theta)
+        return self.as_given(), jtu.tree_map(jnp.asarray, answer)
 
     def as_given(self) -> Given:
         """The check that remains once the black box has run."""

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from ..._inner._base import residual_and_scale
+from ..._inner._base import AbstractInnerSolver, residual_and_scale
 from ..._inner._default import as_inner_solver
-from ..._inner._external import External
 from ..._jit import lean_jit
 from ..._linear import CG, GMRES, solve_linear
 from ..._problem import Bilevel
@@ -30,17 +29,14 @@ class Solved(NamedTuple):
 
 def solve_again(problem: Bilevel, inner_solver: Any, x: PyTree, theta: PyTree) -> Solved:
     """`x*(theta)` from `x` by any inner solver; a black box runs on the host."""
-    if isinstance(inner_solver, External):
-        answer = inner_solver.on_host(problem.inner, x, theta)
-        answer = jax.tree_util.tree_map(jnp.asarray, answer)
-        solved = _solve_again(problem, inner_solver.as_given(), answer, theta)
-        return solved._replace(moved=tree_norm(tree_sub(answer, x)))
-    return _solve_again(problem, inner_solver, x, theta)
+    solver = as_inner_solver(inner_solver, problem.inner, x)
+    solver, start = solver.before(problem.inner, x, theta)
+    solved = _solve_again(problem, solver, start, theta)
+    return solved if start is x else solved._replace(moved=tree_norm(tree_sub(start, x)))
 
 
 @lean_jit
-def _solve_again(problem: Bilevel, inner_solver: Any, x: PyTree, theta: PyTree) -> Solved:
-    solver = as_inner_solver(inner_solver, problem.inner, x)
+def _solve_again(problem: Bilevel, solver: AbstractInnerSolver, x: PyTree, theta: PyTree) -> Solved:
     state = solver.init(problem.inner, x, theta)
     solution, _ = solver.solve(problem.inner, x, theta, state)
     value, _ = problem.outer_value(solution.x, theta)

@@ -11,7 +11,7 @@ from ..._hypergradient._base import AbstractHypergradient, Estimate
 from ..._hypergradient._entry import hypergradient
 from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver, residual_and_scale, run
 from ..._inner._descent import Descent
-from ..._inner._external import External, wherever
+from ..._inner._external import wherever
 from ..._jit import lean_jit
 from ..._loop._budget import num_bytes
 from ..._problem import Bilevel, start_at
@@ -37,10 +37,7 @@ def look_at_inner(
     problem: Bilevel, solver: AbstractInnerSolver, x0: PyTree, theta: PyTree
 ) -> Inner:
     """Solve the inner problem once, and look at what the solution depends on."""
-    start = start_at(x0, theta)
-    if isinstance(solver, External):
-        start = jax.tree_util.tree_map(jnp.asarray, solver.on_host(problem.inner, start, theta))
-        solver = solver.as_given()
+    solver, start = solver.before(problem.inner, start_at(x0, theta), theta)
     looked = _inner(problem, solver, start, theta, gaussian(start, 1), gaussian(theta, 2))
     x, residual, scale, num_steps, shrunk, cross, direct, moved = looked
     numbers = [float(a) for a in (residual, scale, direct)]

@@ -12,10 +12,8 @@ from jaxtyping import Array, PyTree, Scalar
 from ..._checks import check_positive
 from ..._inner._base import AbstractInnerSolver, Counts
 from ..._inner._batches import check_key
-from ..._inner._external import External, Given
 from ..._problem import Bilevel
-from ..._results import RESULTS
-from ..._tree import is_traced, tree_all_finite, tree_norm
+from ..._tree import is_traced, tree_norm
 from .._base import AbstractHypergradient, Estimate, HypergradientState, Query, as_stats
 
 
@@ -55,7 +53,7 @@ def check_settings(key: Array, num_pairs: int, batch_size: int | None) -> None:
 
 def check_inner_solver(rule: AbstractEvolution, inner_solver: AbstractInnerSolver) -> None:
     """Raise for a solver that has the solution at theta only."""
-    if isinstance(inner_solver, External | Given):
+    if not inner_solver.solves_anywhere:
         raise TypeError(
             f"`{type(rule).__name__}` solves the inner problem again at perturbed theta, which "
             "bx.External and bx.Given cannot within a compiled program. Use bx.Traceable(fn), or "
@@ -155,14 +153,12 @@ def evolution_estimate(
     """The estimate, with value and residual at the unperturbed `x`."""
     value, aux = problem.outer_value(x, theta)
     residual = tree_norm(problem.inner.residual(x, theta))
-    finite = tree_all_finite((value, grad))
-    return Estimate(
-        value=value,
-        grad=grad,
+    return Estimate.of(
+        value,
+        grad,
         aux=aux,
         x=x,
         inner_residual=residual,
-        result=RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite),
         stats=as_stats(counts, num_steps, 0),
         error_estimate=None if error is None else error.astype(residual.dtype),
     )

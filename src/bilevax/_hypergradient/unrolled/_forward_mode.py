@@ -104,15 +104,13 @@ class ForwardMode(AbstractHypergradient):
         value, slopes, (aux, x, inner_state, count) = self._columns(truncated_problem, theta)
         grad = jtu.tree_map(lambda g, t: g.astype(t.dtype), flat_to_tree(slopes, theta), theta)
         at = convergence(condition, solver, x, start_at(x0, theta), theta, count)
-        is_finite = tree_all_finite((value, grad))
         products = count * tree_size(theta)
-        estimate = Estimate(
-            value=value,
-            grad=grad,
+        estimate = Estimate.of(
+            value,
+            grad,
             aux=aux,
             x=x,
             inner_residual=at.residual,
-            result=RESULTS.where(is_finite, RESULTS.successful, RESULTS.nonfinite),
             stats=as_stats(Counts(count + 2, products, products), count, 0),
         )
         estimate = judged(estimate, problem, theta, at)
