@@ -348,7 +348,7 @@ def test_what_a_function_writes_is_not_its_data():
 
 
 def test_programs_are_dropped_with_what_they_reach(monkeypatch):
-    monkeypatch.setattr(bx._tree, "_MAX_PROGRAMS", 2)
+    monkeypatch.setattr(bx._jit, "_MAX_PROGRAMS", 2)
     monkeypatch.setattr(bx._reach._reach, "_MAX_REMEMBERED", 2)
     compiled = lean_jit(lambda fn, x: fn(x))
     gone = []
