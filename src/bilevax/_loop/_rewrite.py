@@ -104,11 +104,11 @@ def _cond(run: Callable, params: dict, operands: list) -> list:
 
 
 def _scan(run: Callable, params: dict, operands: list) -> list:
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    num_consts, num_carry = _scan_sizes(params)
     consts, rest = operands[:num_consts], operands[num_consts:]
 
     def body(carry: list, x: list) -> tuple[list, list]:
-        results = run(params["jaxpr"], *consts, *carry, *x)
+        results = run(_closed(params["jaxpr"]), *consts, *carry, *x)
         return results[:num_carry], results[num_carry:]
 
     carry, ys = jax.lax.scan(
@@ -120,6 +120,14 @@ def _scan(run: Callable, params: dict, operands: list) -> list:
         unroll=params["unroll"],
     )
     return [*carry, *ys]
+
+
+def _scan_sizes(params: dict) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # since JAX 0.12: a tree of each kind
+    return len(consts), len(carry)
 
 
 def _while(run: Callable, params: dict, operands: list) -> list:
