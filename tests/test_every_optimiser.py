@@ -33,6 +33,11 @@ def start(theta):
     return jtu.tree_map(lambda a: a + 0.1 * jnp.sum(theta), X0)
 
 
+def newer(module, name, *args):
+    """An optimiser that the oldest Optax supported does not have; `None` there."""
+    return getattr(module, name)(*args) if hasattr(module, name) else None
+
+
 contrib = optax.contrib
 schedule = optax.exponential_decay(0.1, 3, 0.8)
 # Not here, as they are random or need more than a gradient: noisy_sgd, add_noise, sam,
@@ -63,11 +68,11 @@ OPTIMISERS = {
     "adafactor": optax.adafactor(0.05, min_dim_size_to_factor=2),
     "lion": optax.lion(0.01),
     "sign_sgd": optax.sign_sgd(0.01),
-    "signum": optax.signum(0.01),
+    "signum": newer(optax, "signum", 0.01),
     "sm3": optax.sm3(0.05),
     "rprop": optax.rprop(0.01),
     "optimistic": optax.optimistic_gradient_descent(0.05),
-    "optimistic_adam": optax.optimistic_adam_v2(0.05),
+    "optimistic_adam": newer(optax, "optimistic_adam_v2", 0.05),
     "exponential": optax.sgd(schedule),
     "cosine": optax.adam(optax.cosine_decay_schedule(0.1, 50)),
     "warmup": optax.sgd(optax.warmup_cosine_decay_schedule(0.0, 0.1, 5, 50)),
@@ -82,17 +87,18 @@ OPTIMISERS = {
     "multi_steps": optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(),
     "inject": optax.inject_hyperparams(optax.sgd)(learning_rate=schedule, momentum=0.5),
     "acprop": contrib.acprop(0.001),
-    "ademamix": contrib.ademamix(0.05),
-    "adopt": contrib.adopt(0.05),
-    "madgrad": contrib.madgrad(0.05),
+    "ademamix": newer(contrib, "ademamix", 0.05),
+    "adopt": newer(contrib, "adopt", 0.05),
+    "madgrad": newer(contrib, "madgrad", 0.05),
     "momo": contrib.momo(0.05),
     "schedule_free": contrib.schedule_free_sgd(0.05),
     "prodigy": contrib.prodigy(0.1),
     "dadapt": contrib.dadapt_adamw(0.1),
     "cocob": contrib.cocob(),
     "polyak": optax.polyak_sgd(max_learning_rate=0.1),
-    "muon": contrib.muon(0.001),
+    "muon": newer(contrib, "muon", 0.001),
 }
+OPTIMISERS = {name: optimiser for name, optimiser in OPTIMISERS.items() if optimiser is not None}
 
 
 def plain_step(optimiser, carry, theta):
@@ -203,6 +209,8 @@ def unrolled(optimiser, num_steps, checkpoints="sqrt"):
 # step; an optimiser that asks for values.
 @pytest.mark.parametrize("name", ["adam", "schedule_free", "multi_steps", "muon", "polyak"])
 def test_unrolled_equals_a_python_loop(name):
+    if name not in OPTIMISERS:
+        pytest.skip("this Optax does not have it")
     assert relative_error(unrolled(OPTIMISERS[name], 100).grad, reference(name, 100)) < 1e-12
 
 

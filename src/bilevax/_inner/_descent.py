@@ -203,7 +203,7 @@ class Descent(AbstractSteppingSolver):
             update = without_zero_over_zero(update, grad, optimizer_state, x, value)
             updates, new_state = update(grad, optimizer_state, x, value)
             new_x = optax.apply_updates(x, updates)
-        new_state = strong(new_state)
+        new_state = jax.tree_util.tree_map(_counted_alike, strong(new_state), optimizer_state)
         if batch_step is not None:
             new_state = new_state, batch_step + 1
         if len(carry) == 2:
@@ -269,6 +269,12 @@ class Descent(AbstractSteppingSolver):
         if not isinstance(optimizer, optax.GradientTransformation):
             optimizer = optimizer(theta)
         return optax.with_extra_args_support(optimizer)
+
+
+def _counted_alike(new: Array, old: Array) -> Array:
+    """`new` in the integers of `old`: those of an older Optax turn from 64 bit to 32 in a step."""
+    is_count = jnp.issubdtype(new.dtype, jnp.integer) and new.dtype != old.dtype
+    return new.astype(old.dtype) if is_count else new
 
 
 def is_quasi_newton(optimizer_state: PyTree) -> bool:

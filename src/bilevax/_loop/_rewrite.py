@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,11 @@ def _run(rules: Mapping[str, Rule], closed: ClosedJaxpr, *args: Any) -> list:
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
 
     def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, Literal) else values[atom]
+        if not isinstance(atom, Literal):
+            return values[atom]
+        value, kind = atom.val, cast(Any, atom.aval)
+        # In older JAX a Python number.
+        return value if hasattr(value, "dtype") else jnp.asarray(value, kind.dtype)
 
     for equation in jaxpr.eqns:
         operands = [read(atom) for atom in equation.invars]
