@@ -44,8 +44,7 @@ class AbstractAtSolution(AbstractHypergradient):
 
     def init(self, query: Query) -> HypergradientState:
         x = query.start
-        inner = query.inner_solver.init(query.condition, x, query.theta)
-        return HypergradientState(x, tree_zeros_like(x), inner)
+        return HypergradientState(x, tree_zeros_like(x), query.inner_state)
 
     def estimate(
         self, query: Query, state: HypergradientState

@@ -123,6 +123,11 @@ class Query(NamedTuple):
         """Where the search for x starts, as arrays."""
         return start_at(self.x0, self.theta)
 
+    @property
+    def inner_state(self) -> PyTree:
+        """The inner solver's state before the first solve."""
+        return self.inner_solver.init(self.condition, self.start, self.theta)
+
 
 class AbstractHypergradient(OneLine, optx.AbstractAdjoint):
     """A rule for differentiating through `x*(theta)`.

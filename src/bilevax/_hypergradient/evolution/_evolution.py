@@ -91,11 +91,9 @@ class EvolutionStrategies(AbstractEvolution):
         self.batch_size = batch_size
 
     def init(self, query: Query) -> HypergradientState:
-        problem, inner_solver, x0, theta = query
-        check_inner_solver(self, inner_solver)
-        x = start_at(x0, theta)
-        inner = inner_solver.init(problem.inner, x, theta)
-        return HypergradientState(x=x, v=None, inner=inner, rule=jnp.asarray(0, jnp.int32))
+        check_inner_solver(self, query.inner_solver)
+        count = jnp.asarray(0, jnp.int32)
+        return HypergradientState(x=query.start, v=None, inner=query.inner_state, rule=count)
 
     def estimate(
         self, query: Query, state: HypergradientState

@@ -79,8 +79,7 @@ class SAMA(AbstractHypergradient):
     def init(self, query: Query) -> HypergradientState:
         _check_optimiser(query.inner_solver)
         x = query.start
-        inner = query.inner_solver.init(query.condition, x, query.theta)
-        return HypergradientState(x, tree_zeros_like(x), inner)
+        return HypergradientState(x, tree_zeros_like(x), query.inner_state)
 
     def estimate(
         self, query: Query, state: HypergradientState

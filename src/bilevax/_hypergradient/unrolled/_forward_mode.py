@@ -87,8 +87,8 @@ class ForwardMode(AbstractHypergradient):
         return True
 
     def init(self, query: Query) -> HypergradientState:
-        solver, x = _check_stepping(query.inner_solver), query.start
-        return HypergradientState(x=x, v=None, inner=solver.init(query.condition, x, query.theta))
+        _check_stepping(query.inner_solver)
+        return HypergradientState(x=query.start, v=None, inner=query.inner_state)
 
     def estimate(
         self, query: Query, state: HypergradientState

@@ -46,9 +46,8 @@ class AbstractThroughSteps(AbstractHypergradient):
         """`x` as a differentiable function of theta. `probe`: see `_probe.py`."""
 
     def init(self, query: Query) -> HypergradientState:
-        solver, x = self._check_stepping(query.inner_solver), query.start
-        inner = solver.init(query.condition, x, query.theta)
-        return HypergradientState(x=x, v=None, inner=inner)
+        self._check_stepping(query.inner_solver)
+        return HypergradientState(x=query.start, v=None, inner=query.inner_state)
 
     def solution(self, query: Query, throw: bool) -> PyTree[Array]:
         stepping = self._check_stepping(query.inner_solver)
