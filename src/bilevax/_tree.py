@@ -250,7 +250,7 @@ def signs_like(x: Array) -> Array:
     return signs.astype(x.dtype).reshape(x.shape)
 
 
-def weights_like(x: Array, first: int) -> Array:
+def weights_like(x: Array, first: Array | int) -> Array:
     """Fixed numbers without visible order, of both signs and magnitudes from a half to one.
 
     `first` is the place of the first entry in the sequence, which differs between leaves.
@@ -261,9 +261,9 @@ def weights_like(x: Array, first: int) -> Array:
     return (signs * magnitudes).astype(x.dtype).reshape(x.shape)
 
 
-def _hashes(size: int, first: int = 0) -> Array:
+def _hashes(size: int, first: Array | int = 0) -> Array:
     """Multiplicative hashes of the numbers from `first` on."""
-    i = jnp.arange(first, first + size, dtype=jnp.uint32)
+    i = jnp.asarray(first, jnp.uint32) + jnp.arange(size, dtype=jnp.uint32)
     i = i * jnp.uint32(2654435761)
     return (i ^ (i >> 15)) * jnp.uint32(2246822519)
 
