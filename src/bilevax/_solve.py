@@ -23,7 +23,7 @@ from ._outer._base import AbstractMethod
 from ._outer._best import choose
 from ._outer._chunk import MAX_CHUNK, REASONS, columns, init_method, run_chunk
 from ._outer._double_loop import DoubleLoop
-from ._problem import Bilevel, as_arrays, bind, restore, start_as_arrays, start_at
+from ._problem import Bilevel, as_arrays, bind, restore, start_as_arrays
 from ._reach._traced import refuse_traced
 from ._report._history import COUNTS, History, joined
 from ._report._interrupt import Interrupt
@@ -178,11 +178,10 @@ class _Run:
         x0 = start_as_arrays(x0)
         self.given = problem, x0
         self.problem, self.x0, theta = bind(problem, x0, as_arrays(theta0))
-        method, self.external, self.keeps_x = method.for_host()
         self.method = method
-        self.state, self.best = init_method(self.problem, self.method, self.x0, theta)
+        self.state, self.best = init_method(self.problem, method, self.x0, theta)
         self.rows: list[dict[str, Any]] = []
-        self.num_moves = 0
+        self.num_steps = 0
         self.num_rows = 0
         self.singular_since: int | None = None
         self.rule_reason: str | None = None
@@ -198,21 +197,23 @@ class _Run:
     ) -> str:
         """Chunks until something says stop; returns what did."""
         rtol, atol = tolerances
-        chunk, tolerance = 1, atol
+        tolerance, interval = atol, self.method.interval
+        chunk, next_call = 1, callback_every
         bar = progress_bar(num_steps, progress)
         try:
-            while self.num_moves < num_steps:
-                chunk = min(chunk, num_steps - self.num_moves)
-                began = time.perf_counter()
-                reason = self.advance(chunk, chunk, tolerance)
+            while self.num_steps < num_steps:
+                began, before = time.perf_counter(), self.num_steps
+                reason = self.advance(min(chunk * interval, num_steps - before), chunk, tolerance)
                 seconds = (time.perf_counter() - began) / chunk
                 last = self.rows[-1]
-                bar.update(chunk, last["value"][-1], last["hypergradient_norm"][-1])
+                done = self.num_steps - before
+                bar.update(done, last["value"][-1], last["hypergradient_norm"][-1])
                 if reason is not None:
                     return reason
-                is_due = callback is not None and self.num_moves % callback_every == 0
-                if is_due and callback(self.progress()):  # type: ignore[misc]
-                    return "callback"
+                if callback is not None and self.num_steps >= next_call:
+                    next_call = self.num_steps + callback_every
+                    if callback(self.progress()):
+                        return "callback"
                 if interrupt.requested:
                     return "interrupt"
                 if len(self.rows) == 1:
@@ -222,9 +223,9 @@ class _Run:
                         return "tolerance"
                 else:  # the first chunk took compilation with it
                     chunk = int(np.clip(_CHUNK_SECONDS / max(seconds, 1e-9), 1, MAX_CHUNK))
-                if callback is not None:
-                    chunk = min(chunk, callback_every - self.num_moves % callback_every)
-                if self.external is not None or any(debugged()):  # each step is looked at
+                wanted = num_steps if callback is None else min(num_steps, next_call)
+                chunk = max(1, min(chunk, -(-(wanted - self.num_steps) // interval)))
+                if self.method.needs_host or any(debugged()):  # each evaluation is looked at
                     chunk = 1
         finally:
             bar.close()
@@ -233,61 +234,64 @@ class _Run:
     def finish(self) -> None:
         """Evaluate at the final theta; again, with warm starts, where that is flagged."""
         # A tolerance that every hypergradient meets stops at the first that is not flagged.
-        num_evaluations = 1 if self.external is not None else _MAX_FINAL_EVALUATIONS
-        self.advance(num_moves=0, num_evaluations=num_evaluations, tolerance=_ANY)
+        num_evaluations = 1 if self.method.needs_host else _MAX_FINAL_EVALUATIONS
+        self.advance(num_steps=0, num_evaluations=num_evaluations, tolerance=_ANY)
 
-    def advance(self, num_moves: int, num_evaluations: int, tolerance: float) -> str | None:
+    def advance(self, num_steps: int, num_evaluations: int, tolerance: float) -> str | None:
         """One chunk; the reason to stop, if there is one."""
-        if self.external is not None:
-            self._solve_on_host(num_moves > 0)
+        if self.method.needs_host:
+            self.state = self.method.on_host(self.problem, self.x0, self.state, num_steps == 0)
         args = (
             (self.state, self.best),
             self.problem,
             self.method,
             self.x0,
             jnp.asarray(self.num_rows, jnp.int32),
-            jnp.asarray(num_moves, jnp.int32),
+            jnp.asarray(num_steps, jnp.int32),
             jnp.asarray(num_evaluations, jnp.int32),
             jnp.asarray(tolerance, float),
         )
-        begin = self.state.x if any(debugged()) else None
+        begin = _copied(self.state.x) if any(debugged()) else None
         try:
-            (self.state, self.best), infos, known, count, reason = run_chunk(*args)
+            (self.state, self.best), rows, known, count, reason = run_chunk(*args)
         except FloatingPointError:
             self._locate(begin, self.state.theta)
             raise
-        infos, count, reason = jax.device_get((infos, count, reason))
+        rows, count, reason = jax.device_get((rows, count, reason))
         count, why = int(count), REASONS[int(reason)]
         if why == "singular":
-            return self._go_over(infos, known, count, (num_moves, num_evaluations, tolerance))
-        self._record(infos, known, count, num_moves)
+            return self._go_over(rows, known, count, (num_steps, num_evaluations, tolerance))
+        self._record(rows, known, count, num_steps)
         if begin is not None and RESULTS(self.rows[-1]["result"][-1]).name == "nonfinite":
-            self._locate(begin, self.state.point)
+            self._locate(begin, self.best.last.theta)
         return why
 
     def _go_over(
-        self, infos: Any, known: tuple[str, ...], count: int, rest: tuple[int, int, float]
+        self, rows: Any, known: tuple[str, ...], count: int, rest: tuple[int, int, float]
     ) -> str | None:
         """The last step met a singular system and moved nothing: go on with another rule."""
-        num_moves, num_evaluations, tolerance = rest
+        num_steps, num_evaluations, tolerance = rest
         done = count - 1
         if done:
-            self._record(infos, known, done, num_moves)
+            self._record(rows, known, done, num_steps)
         method = self.method.for_singular()
         assert method is not None
         self.method = method
-        self.singular_since = self.num_moves
-        return self.advance(max(num_moves - done, 0), num_evaluations - done, tolerance)
+        self.singular_since = self.num_steps
+        left = max(num_steps - done * method.interval, 0)
+        return self.advance(left, num_evaluations - done, tolerance)
 
-    def _record(self, infos: Any, known: tuple[str, ...], count: int, num_moves: int) -> None:
+    def _record(self, rows: Any, known: tuple[str, ...], count: int, num_steps: int) -> None:
         """The first `count` rows of a chunk."""
         before = self.rows[-1]["seconds"][-1] if self.rows else 0.0
         now = time.perf_counter() - self.start_time
-        row = columns(jax.tree_util.tree_map(lambda rows: rows[:count], infos), known)
+        row = columns(jax.tree_util.tree_map(lambda rows: rows[:count], rows), known)
         row["seconds"] = before + (now - before) * np.arange(1, count + 1) / count
+        made = np.minimum(np.arange(count + 1) * self.method.interval, num_steps)
+        row["step"] = self.num_steps + made[:-1]
         self.rows.append(row)
         self.num_rows += count
-        self.num_moves += min(count, num_moves)
+        self.num_steps += int(made[-1])
 
     def _locate(self, x: PyTree, theta: PyTree) -> None:
         """Where JAX is to find NaN: an error from the user's line, if one is made from x on."""
@@ -295,29 +299,16 @@ class _Run:
         x, theta = restore(self.problem.inner, x, theta)
         locate(problem, self.method.inner_solver, x, theta)  # type: ignore[attr-defined]
 
-    def _solve_on_host(self, moves: bool) -> None:
-        """Run the black box where the method will look next."""
-        assert self.external is not None
-        theta = self.state.theta
-        if moves:
-            theta = self.method.optimizer.next_point(theta, self.state.optimizer)  # type: ignore[attr-defined]
-        start = self.state.x if self.keeps_x else start_at(self.x0, theta)
-        x = as_arrays(self.external.on_host(self.problem.inner, start, theta))
-        self.state = eqx.tree_at(lambda s: s.hypergradient.x, self.state, x)
-
     def progress(self) -> Progress:
-        """The last evaluation, in arrays that the next chunk does not overwrite."""
-        state = jtu.tree_map(
-            lambda a: jnp.copy(a) if eqx.is_array(a) else a,
-            (self.state.x, self.state.point, self.state.aux),
-        )
-        x, theta = restore(self.problem.inner, state[0], state[1])
+        """What a callback is told."""
+        place = _copied(self.best.last)
+        x, theta = restore(self.problem.inner, place.x, place.theta)
         last = self.rows[-1]
         return Progress(
-            num_steps=self.num_moves,
+            num_steps=self.num_steps,
             theta=theta,
             x=x,
-            aux=state[2],
+            aux=place.aux,
             value=float(last["value"][-1]),
             hypergradient_norm=float(last["hypergradient_norm"][-1]),
             seconds=float(last["seconds"][-1]),
@@ -329,15 +320,15 @@ class _Run:
         codes = columns["result"]
         columns["result"] = np.array(RESULTS.names())[codes]
         history = History(**columns)
-        chosen, best, name = choose(self.state, self.best, history.value, history.result)
+        chosen, best, name = choose(self.best, history.value, history.result)
         if stopped_by == "failure":
             name = next(name for name in reversed(history.result) if name != "successful")
         if name == history.result[-1]:
             name = self._explained(name)
-        x, theta = restore(self.problem.inner, chosen.x, chosen.theta)
-        best_x, best_theta = restore(self.problem.inner, best.x, best.theta)
+        x, theta = restore(self.problem.inner, chosen.place.x, chosen.place.theta)
+        best_x, best_theta = restore(self.problem.inner, best.place.x, best.place.theta)
         stats = {
-            "num_steps": self.num_moves,
+            "num_steps": self.num_steps,
             "last_value": float(history.value[-1]),
             "num_flagged": int(np.sum(history.result != "successful")),
             "stopped_by": stopped_by,
@@ -352,13 +343,13 @@ class _Run:
             x=x,
             theta=theta,
             value=jnp.asarray(history.value[chosen.row]),
-            aux=chosen.aux,
+            aux=chosen.place.aux,
             result=getattr(RESULTS, name),
             best=BestEvaluation(
                 theta=best_theta,
                 x=best_x,
                 value=jnp.asarray(history.value[best.row]),
-                step=min(best.row, self.num_moves),
+                step=int(history.step[best.row]),
             ),
             history=history,
             stats=stats,
@@ -370,10 +361,15 @@ class _Run:
         if not is_unexplained(result):
             return name
         problem, x0 = self.given
-        x, theta = restore(self.problem.inner, self.state.x, self.state.point)
+        x, theta = restore(self.problem.inner, *self.best.last[1::-1])
         why = explained(problem, x0, theta, x, result).name
         # A linear solver that stalled says nothing about the inner solve.
         return name if why == "inner_not_converged" else why
+
+
+def _copied(tree: Any) -> Any:
+    """Arrays that the next chunk does not overwrite."""
+    return jtu.tree_map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, tree)
 
 
 def _report_failures(solution: Solution, throw: bool) -> None:

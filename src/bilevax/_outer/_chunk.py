@@ -15,7 +15,7 @@ from .._inner._default import as_inner_solver
 from .._jit import lean_jit
 from .._problem import Bilevel, check_values, start_at
 from .._results import RESULTS
-from ._base import AbstractMethod, StepInfo
+from ._base import AbstractMethod, Evaluation
 from ._best import Best
 
 MAX_CHUNK = 64  # rows of the buffer of a chunk
@@ -31,8 +31,8 @@ def init_method(problem: Bilevel, method: AbstractMethod, x0: PyTree, theta: PyT
     # Copied, because the chunks overwrite the state and the arrays are the caller's.
     x0, theta = jtu.tree_map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, (x0, theta))
     state = method.init(problem, x0, theta)
-    info = eqx.filter_eval_shape(method.step, problem, x0, state, jnp.array(True))[1]
-    return state, Best.none(state, info.value_range[0])
+    seen = eqx.filter_eval_shape(method.evaluate, problem, x0, state, jnp.array(True))[0]
+    return state, Best.none(seen)
 
 
 def _chunk(
@@ -41,11 +41,11 @@ def _chunk(
     method: AbstractMethod,
     x0: PyTree,
     first_row: Array,
-    num_moves: Array,
+    num_steps: Array,
     num_evaluations: Array,
     tolerance: Array,
 ) -> tuple[Any, tuple[Array, Array], tuple[str, ...], Array, Array]:
-    """At most `num_evaluations` steps, of which the first `num_moves` move theta.
+    """At most `num_evaluations` evaluations, and at most `num_steps` steps after them.
 
     `first_row` is how many evaluations there were before, for `Best`.
     The number of steps is an argument, so that chunks of any length are one program. Also
@@ -55,16 +55,19 @@ def _chunk(
     theta = state[0].theta
     problem = check_values(problem, start_at(x0, theta), theta)
 
-    def step(dynamic: Any, move: Array, row: Array) -> tuple[Any, StepInfo]:
+    def evaluate(dynamic: Any, is_last: Array, row: Array) -> tuple[Any, Evaluation]:
         state, best = eqx.combine(dynamic, static)
-        new_state, info = method.step(problem, x0, state, move)
-        new_best = best.after(new_state, info, row)
-        return eqx.filter((new_state, new_best), eqx.is_array), info
+        seen, state = method.evaluate(problem, x0, state, is_last)
+        return eqx.filter((state, best.after(seen, row)), eqx.is_array), seen
 
-    # One row of numbers a step: a dozen small arrays would compile to a dozen kernels.
-    info_struct = jax.eval_shape(step, dynamic, jnp.array(True), first_row)[1]
+    def step(dynamic: Any, seen: Evaluation) -> Any:
+        state, best = eqx.combine(dynamic, static)
+        return eqx.filter((method.step(problem, state, seen), best), eqx.is_array)
+
+    # One row of numbers an evaluation: a dozen small arrays would compile to a dozen kernels.
+    struct = eqx.filter_eval_shape(evaluate, dynamic, jnp.array(True), first_row)[1]
     buffers = jax.tree_util.tree_map(
-        lambda s: jnp.zeros((MAX_CHUNK, *s.shape), s.dtype), jax.eval_shape(_pack, info_struct)
+        lambda s: jnp.zeros((MAX_CHUNK, *s.shape), s.dtype), eqx.filter_eval_shape(_pack, struct)
     )
 
     changes = method.for_singular() is not None
@@ -75,28 +78,31 @@ def _chunk(
 
     def body(carry: tuple) -> tuple:
         dynamic, buffers, count, _ = carry
-        dynamic, info = step(dynamic, count < num_moves, first_row + count)
-        buffers = jtu.tree_map(lambda b, row: b.at[count].set(row), buffers, _pack(info))
-        return dynamic, buffers, count + 1, _reason(info, tolerance, changes)
+        steps = jnp.clip(num_steps - count * method.interval, 0, method.interval)
+        dynamic, seen = evaluate(dynamic, steps == 0, first_row + count)
+        buffers = jtu.tree_map(lambda b, row: b.at[count].set(row), buffers, _pack(seen))
+        reason = _reason(seen, tolerance, changes)
+        dynamic = jax.lax.fori_loop(0, steps, lambda _, a: step(a, seen), dynamic)
+        return dynamic, buffers, count + 1, reason
 
     zero = jnp.asarray(0, jnp.int32)
     carry = jax.lax.while_loop(keep_going, body, (dynamic, buffers, zero, zero))
     dynamic, buffers, count, reason = carry
-    return eqx.combine(dynamic, static), buffers, _known(info_struct), count, reason
+    return eqx.combine(dynamic, static), buffers, _known(struct), count, reason
 
 
 run_chunk = lean_jit(_chunk, donate_first=True)
 
 
-def _reason(info: StepInfo, tolerance: Array, changes: bool) -> Array:
-    """The code, in `REASONS`, of what stops the run after this step; 0 for nothing."""
-    norm = info.hypergradient_norm
+def _reason(seen: Evaluation, tolerance: Array, changes: bool) -> Array:
+    """The code, in `REASONS`, of what stops the run after this evaluation; 0 for nothing."""
+    norm = seen.hypergradient_norm
     is_small = norm <= tolerance.astype(norm.dtype)
-    is_small = is_small & (info.result == RESULTS.successful)
-    reason = jnp.where(is_small, 1, jnp.where(info.should_stop, 2, 0))
-    reason = jnp.where(info.gave_up, 3, reason)
+    is_small = is_small & (seen.result == RESULTS.successful)
+    reason = jnp.where(is_small, 1, jnp.where(seen.should_stop, 2, 0))
+    reason = jnp.where(seen.gave_up, 3, reason)
     if changes:
-        reason = jnp.where(info.result == RESULTS.singular, 4, reason)
+        reason = jnp.where(seen.result == RESULTS.singular, 4, reason)
     return reason.astype(jnp.int32)
 
 
@@ -110,15 +116,15 @@ _FLOATS = (
 )
 
 
-def _known(info: StepInfo) -> tuple[str, ...]:
-    return tuple(name for name in _FLOATS if getattr(info, name) is not None)
+def _known(seen: Evaluation) -> tuple[str, ...]:
+    return tuple(name for name in _FLOATS if getattr(seen, name) is not None)
 
 
-def _pack(info: StepInfo) -> tuple[Array, Array]:
-    """An info as a row of floats and a row of integers; `columns` is the inverse."""
-    floats = [getattr(info, name) for name in _known(info)]
+def _pack(seen: Evaluation) -> tuple[Array, Array]:
+    """An evaluation as a row of floats and a row of integers; `columns` is the inverse."""
+    floats = [getattr(seen, name) for name in _known(seen)]
     dtype = jnp.zeros(()).dtype
-    integers = [info.result.index, *(info.stats[name] for name in STATS)]
+    integers = [seen.result.index, *(seen.stats[name] for name in STATS)]
     return (
         jnp.stack([jnp.asarray(a, dtype) for a in floats]),
         jnp.stack([jnp.asarray(a, jnp.int32) for a in integers]),

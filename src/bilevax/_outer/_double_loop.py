@@ -2,12 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import optax
 import optimistix as optx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
@@ -18,9 +16,9 @@ from .._hypergradient.implicit._minimum_norm import MinimumNorm
 from .._inner._base import AbstractInnerSolver
 from .._inner._default import as_inner_solver
 from .._inner._external import External, wherever
-from .._problem import Bilevel, is_start_function, start_at
+from .._problem import Bilevel, as_arrays, is_start_function, start_at
 from .._tree import tree_norm, tree_where, tree_zeros_like
-from ._base import AbstractMethod, StepInfo
+from ._base import AbstractMethod, Evaluation, Place
 from ._fall_back import MAX_FAILURES, fall_back, is_solved, is_usable, same_place
 from ._line_search import value_range
 from ._newton import OuterNewton
@@ -154,37 +152,43 @@ class DoubleLoop(AbstractMethod):
         is_open = self.hypergradient == Implicit()
         return dataclasses.replace(self, hypergradient=rule) if is_open else None
 
-    def for_host(self) -> tuple["DoubleLoop", External | None, bool]:
-        external = self.inner_solver
-        if not isinstance(external, External):
-            return self, None, False
-        given = dataclasses.replace(self, inner_solver=external.as_given(), start="warm")
-        return given, external, self.start != "cold"
+    @property
+    def needs_host(self) -> bool:
+        return isinstance(self.inner_solver, External)
+
+    def on_host(
+        self, problem: Bilevel, x0: PyTree, state: "DoubleLoopState", is_last: bool
+    ) -> "DoubleLoopState":
+        if not isinstance(self.inner_solver, External):
+            return state
+        point = (
+            state.theta if is_last else self.optimizer.next_point(state.theta, state.move.optimizer)
+        )
+        start = start_at(x0, point) if self.start == "cold" else state.x
+        x = as_arrays(self.inner_solver.on_host(problem.inner, start, point))
+        return eqx.tree_at(lambda s: s.hypergradient.x, state, x)
 
     def init(self, problem: Bilevel, x0: PyTree, theta: PyTree) -> "DoubleLoopState":
         count = jnp.asarray(0, jnp.int32)
         solver, rule = self._parts(problem, start_at(x0, theta), count)
         hypergradient = rule.init(Query(problem, solver, x0, theta))
-        aux = eqx.filter_eval_shape(lambda: problem.outer_value(hypergradient.x, theta)[1])
         return DoubleLoopState(
-            theta=theta,
+            move=_Move(theta, self.optimizer.init(theta), theta),
             point=theta,
-            aux=jtu.tree_map(lambda s: jnp.zeros(s.shape, s.dtype) if _is_array(s) else s, aux),
             hypergradient=hypergradient,
-            optimizer=self.optimizer.init(theta),
-            good_theta=theta,
             num_failures=count,
-            num_steps=count,
+            num_evaluations=count,
             anchor=Anchor(theta, hypergradient.x) if self.start == "predicted" else None,
         )
 
-    def step(
-        self, problem: Bilevel, x0: PyTree, state: "DoubleLoopState", move: Bool[Array, ""]
-    ) -> tuple["DoubleLoopState", StepInfo]:
+    def evaluate(
+        self, problem: Bilevel, x0: PyTree, state: "DoubleLoopState", is_last: Bool[Array, ""]
+    ) -> tuple[Evaluation, "DoubleLoopState"]:
         # 1. the hypergradient at the point the optimiser wants to see
-        point = self.optimizer.next_point(state.theta, state.optimizer)
-        point = tree_where(move, point, state.theta)
-        solver, rule = self._parts(problem, state.x, state.num_steps)
+        now = state.move
+        point = self.optimizer.next_point(now.theta, now.optimizer)
+        point = tree_where(is_last, now.theta, point)
+        solver, rule = self._parts(problem, state.x, state.num_evaluations)
         start, prediction = self._start(problem, x0, state, point)
         warm = state.hypergradient
         if not self.warm_start_adjoint and warm.v is not None:
@@ -198,36 +202,34 @@ class DoubleLoop(AbstractMethod):
         # 2. a failure does not move theta along it
         usable = is_usable(estimate, state.num_failures, self.optimizer.can_reject)
         retry_theta, hypergradient, num_failures, go_back = fall_back(
-            state.theta,
-            state.good_theta,
+            now.theta,
+            now.good_theta,
             state.num_failures,
             state.hypergradient,
             estimate,
             hypergradient,
             usable,
         )
-        moved, seen = usable & move, estimate
+        moves, seen = usable, estimate
         if self.optimizer.can_reject:  # a line search goes back by itself
-            retry_theta, seen = state.theta, rejected(estimate, usable)
-            moved = (usable | go_back) & move
-        # 3. the outer step
+            retry_theta, seen = now.theta, rejected(estimate, usable)
+            moves = usable | go_back
+        # 3. what the optimiser makes of it
         value_fn = _value_fn(problem, rule, estimate.x)
-        new = self.optimizer.update(state.theta, state.optimizer, seen, value_fn)
+        new = self.optimizer.update(now.theta, now.optimizer, seen, value_fn)
         new_state = DoubleLoopState(
-            theta=tree_where(moved, new.theta, tree_where(move, retry_theta, state.theta)),
+            move=now,
             point=point,
-            aux=estimate.aux,
             hypergradient=hypergradient,
-            optimizer=tree_where(moved, new.state, state.optimizer),
-            good_theta=tree_where(moved, state.theta, state.good_theta),
             num_failures=num_failures,
-            num_steps=state.num_steps + 1,
+            num_evaluations=state.num_evaluations + 1,
             anchor=_next_anchor(state.anchor, usable, point, estimate.x),
         )
         # `L(x_K(theta), theta)` of a fixed start and fixed steps
         is_deterministic = hypergradient.rule is None and solver.is_repeatable
         is_function = is_deterministic and self._start_of(x0) == "cold"
-        info = StepInfo(
+        evaluation = Evaluation(
+            place=Place(point, hypergradient.x, estimate.aux),
             value=estimate.value,
             hypergradient_norm=tree_norm(estimate.grad),
             inner_residual=estimate.inner_residual,
@@ -240,16 +242,29 @@ class DoubleLoop(AbstractMethod):
             is_comparable=usable & (is_solved(estimate) | is_function),
             is_random=jnp.array(not is_deterministic),
             value_range=value_range(estimate),
-            should_stop=new.is_done & moved & usable,
+            should_stop=new.is_done & usable & ~is_last,
             gave_up=num_failures >= MAX_FAILURES,
+            proposal=tree_where(
+                moves,
+                _Move(new.theta, new.state, now.theta),
+                _Move(retry_theta, now.optimizer, now.good_theta),
+            ),
         )
-        return new_state, info
+        return evaluation, new_state
+
+    def step(
+        self, problem: Bilevel, state: "DoubleLoopState", seen: Evaluation
+    ) -> "DoubleLoopState":
+        del problem
+        return dataclasses.replace(state, move=seen.proposal)
 
     def _parts(
         self, problem: Bilevel, x: PyTree, num_steps: Int[Array, ""]
     ) -> tuple[AbstractInnerSolver, AbstractHypergradient]:
         """Inner solver and rule, with the tolerances of this step."""
         solver = as_inner_solver(self.inner_solver, problem.inner, x)
+        if isinstance(solver, External):  # the host has run it
+            solver = solver.as_given()
         if self.tolerances is None:
             return solver, self.hypergradient
         tolerances = self.tolerances.tolerances(num_steps, x)
@@ -271,24 +286,35 @@ class DoubleLoop(AbstractMethod):
         return (x0 if self._start_of(x0) == "cold" else state.x), None
 
     def _start_of(self, x0: PyTree) -> str:
+        if self.needs_host:  # which has begun where it should: x is what it found
+            return "warm"
         if self.start is not None:
             return self.start
         is_function = is_start_function(x0) and self.hypergradient.differentiates_start
         return "cold" if is_function else "warm"
 
 
-class DoubleLoopState(eqx.Module):
-    """What the next outer step needs."""
+class _Move(NamedTuple):
+    """Where theta stands, and what the optimiser knows there."""
 
     theta: PyTree[Array]
-    point: PyTree[Array]  # where the last evaluation was; `x` and `aux` belong to it
-    aux: PyTree[Array]  # of the last evaluation
-    hypergradient: HypergradientState  # the warm starts
     optimizer: PyTree
     good_theta: PyTree[Array]  # the last theta whose hypergradient was not flagged
+
+
+class DoubleLoopState(eqx.Module):
+    """What the next evaluation and the next step need."""
+
+    move: _Move
+    point: PyTree[Array]  # where the last evaluation was
+    hypergradient: HypergradientState  # the warm starts
     num_failures: Int[Array, ""]  # in a row
-    num_steps: Int[Array, ""]
+    num_evaluations: Int[Array, ""]
     anchor: Anchor | None  # where predictions start
+
+    @property
+    def theta(self) -> PyTree[Array]:
+        return self.move.theta
 
     @property
     def x(self) -> PyTree[Array]:
@@ -313,7 +339,3 @@ def _value_fn(
         return problem.outer_value(solved, theta)[0]
 
     return value_fn
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.ShapeDtypeStruct)

@@ -1,6 +1,7 @@
 """MAID: accuracy and step size that adapt to each other."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -27,7 +28,7 @@ from .._tree import (
     tree_zeros_like,
     unbounded,
 )
-from ._base import AbstractMethod, StepInfo
+from ._base import AbstractMethod, Evaluation, Place
 from ._fall_back import is_right
 from ._line_search import check_step, gradient_noise, value_noise, value_range
 from ._tolerances import at_tolerances
@@ -145,15 +146,11 @@ class MAID(AbstractMethod):
         query = Query(problem, solver, x, theta)
         warm = rule.init(query)
         struct = eqx.filter_eval_shape(rule.estimate, query, warm)[0]
-        known = jtu.tree_map(
-            lambda s: jnp.zeros(s.shape, s.dtype) if isinstance(s, jax.ShapeDtypeStruct) else s,
-            struct,
-        )
+        shapes, texts = eqx.partition(struct, lambda s: isinstance(s, jax.ShapeDtypeStruct))
+        known = jtu.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return MAIDState(
             theta=theta,
-            point=theta,
             x=x,
-            aux=known.aux,
             known=known,
             is_known=jnp.array(False),
             warm=warm,
@@ -162,31 +159,81 @@ class MAID(AbstractMethod):
             tolerance=tolerance,
             scale=jnp.zeros_like(known.best_value),
             num_failures=jnp.asarray(0, jnp.int32),
+            stats=known.stats,
+            texts=texts.aux,
         )
 
-    def step(
-        self, problem: Bilevel, x0: PyTree, state: "MAIDState", move: Bool[Array, ""]
-    ) -> tuple["MAIDState", StepInfo]:
+    def evaluate(
+        self, problem: Bilevel, x0: PyTree, state: "MAIDState", is_last: Bool[Array, ""]
+    ) -> tuple[Evaluation, "MAIDState"]:
+        """The hypergradient at theta, until it is accurate."""
         del x0
-        # The accuracy at theta, then trials along -h: one evaluation a pass.
-        carry = _Carry.start(state)
+        carry = self._search(problem, state, lambda carry: ~carry.is_known)
+        seen = carry.seen
+        # A value that has become small may still be a difference of large ones.
+        scale = jnp.maximum(state.scale, jnp.abs(seen.best_value))
+        is_done = self._is_idle(seen, carry, scale)
+        # A step from here was tried, and found nothing.
+        is_stuck = ~is_last & (state.num_failures > 0)
+        is_lost = (~carry.is_known | is_stuck) & ~is_done
+        good = is_right(seen)
+        new_state = dataclasses.replace(
+            carry.after(state), x=seen.x, scale=scale, stats=tree_zeros_like(state.stats)
+        )
+        evaluation = Evaluation(
+            place=Place(state.theta, seen.x, eqx.combine(seen.aux, state.texts)),
+            value=seen.value,
+            hypergradient_norm=tree_norm(seen.grad),
+            inner_residual=seen.inner_residual,
+            adjoint_residual=seen.adjoint_residual,
+            error_estimate=self._error(seen),
+            predicted_decrease=None,
+            result=RESULTS.where(is_lost & good, RESULTS.inaccurate, seen.result),
+            stats=carry.stats,
+            is_usable=good & ~is_lost,
+            is_comparable=good & ~is_lost,
+            is_random=jnp.array(False),
+            value_range=value_range(seen),
+            should_stop=is_done & ~is_last,
+            gave_up=state.num_failures >= _MAX_FAILURES,
+        )
+        return evaluation, new_state
+
+    def step(self, problem: Bilevel, state: "MAIDState", seen: Evaluation) -> "MAIDState":
+        """Trials along `-h`, and `h` again where the accuracy is to blame."""
+        del seen
+        carry = self._search(problem, state, lambda carry: state.is_known & ~carry.has_moved)
+        is_done = ~carry.has_moved & self._is_idle(carry.seen, carry, state.scale)
+        num_failures = jnp.where(carry.has_moved | is_done, 0, state.num_failures + 1)
+        return dataclasses.replace(
+            carry.after(state),
+            theta=tree_where(carry.has_moved, carry.point, state.theta),
+            num_failures=num_failures.astype(jnp.int32),
+        )
+
+    def _search(
+        self, problem: Bilevel, state: "MAIDState", wants_more: Callable[["_Carry"], Array]
+    ) -> "_Carry":
+        """One evaluation a pass, as long as it is wanted and promises something."""
 
         def evaluate(carry: _Carry) -> _Carry:
             solver, rule = self._parts(problem, state.x, carry.tolerance)
             start, warm = carry.warm.x, carry.warm
             estimate, warm = rule.estimate(Query(problem, solver, start, carry.point), warm)
+            estimate = eqx.filter(estimate, eqx.is_array)
             warm = tree_where(tree_all_finite(warm), warm, carry.warm)
             return self._judge(state, carry, estimate, warm)
 
         def is_running(carry: _Carry) -> Bool[Array, ""]:
-            wants_more = jnp.where(move, ~carry.has_moved, ~carry.is_known)
             is_open = (carry.num_evaluations < _MAX_EVALUATIONS) & ~carry.is_over
             size = jnp.abs(carry.known.best_value)
             is_idle = carry.is_known & ~self._is_worthwhile(carry.known, carry, size)
-            return wants_more & is_open & ~is_idle
+            return wants_more(carry) & is_open & ~is_idle
 
-        carry = jax.lax.while_loop(is_running, evaluate, self._try(state.theta, carry))
-        return self._finish(state, carry, move)
+        return jax.lax.while_loop(is_running, evaluate, self._try(state.theta, _Carry.start(state)))
+
+    def _is_idle(self, known: Estimate, carry: "_Carry", scale: Scalar) -> Bool[Array, ""]:
+        return ~self._is_worthwhile(known, carry, scale) & tree_all_finite(known.grad)
 
     def _parts(self, problem: Bilevel, x: PyTree, tolerance: Scalar) -> Any:
         solver = as_inner_solver(self.inner_solver, problem.inner, x)
@@ -279,52 +326,6 @@ class MAID(AbstractMethod):
         )
         return tree_where(accept, after, self._try(state.theta, after))
 
-    def _finish(
-        self, state: "MAIDState", carry: "_Carry", move: Bool[Array, ""]
-    ) -> tuple["MAIDState", StepInfo]:
-        """The next state, and what to tell of the theta before the step."""
-        seen, has_moved = carry.seen, carry.has_moved
-        norm = tree_norm(seen.grad)
-        # A value that has become small may still be a difference of large ones.
-        scale = jnp.maximum(state.scale, jnp.abs(seen.best_value))
-        is_idle = ~self._is_worthwhile(seen, carry, scale)
-        is_done = ~has_moved & is_idle & tree_all_finite(seen.grad)
-        good = is_right(seen)
-        is_lost = jnp.where(move, ~has_moved, ~carry.is_known) & ~is_done
-        result = RESULTS.where(is_lost & good, RESULTS.inaccurate, seen.result)
-        num_failures = jnp.where(is_lost & move, state.num_failures + 1, 0).astype(jnp.int32)
-        new_state = MAIDState(
-            theta=tree_where(has_moved, carry.point, state.theta),
-            point=state.theta,
-            x=seen.x,
-            aux=seen.aux,
-            known=carry.known,
-            is_known=carry.is_known,
-            warm=carry.warm,
-            step_size=carry.step_size,
-            is_calibrated=carry.is_calibrated,
-            tolerance=carry.tolerance,
-            scale=scale,
-            num_failures=num_failures,
-        )
-        info = StepInfo(
-            value=seen.value,
-            hypergradient_norm=norm,
-            inner_residual=seen.inner_residual,
-            adjoint_residual=seen.adjoint_residual,
-            error_estimate=self._error(seen),
-            predicted_decrease=None,
-            result=result,
-            stats=carry.stats,
-            is_usable=good & ~is_lost,
-            is_comparable=good & ~is_lost,
-            is_random=jnp.array(False),
-            value_range=value_range(seen),
-            should_stop=is_done & move,
-            gave_up=num_failures >= _MAX_FAILURES,
-        )
-        return new_state, info
-
 
 def _next_step(old: Estimate, new: Estimate, length: Scalar) -> Scalar:
     """The inverse curvature along the last step, where that is known to be positive.
@@ -343,14 +344,10 @@ def _next_step(old: Estimate, new: Estimate, length: Scalar) -> Scalar:
 
 
 class MAIDState(eqx.Module):
-    """What the next outer step needs."""
+    """What the next evaluation and the next step need."""
 
     theta: PyTree[Array]
-    # reported: the theta of the last step, before it moved
-    point: PyTree[Array]
     x: PyTree[Array]
-    aux: PyTree[Array]
-    # every step
     known: Estimate  # the last one at theta
     is_known: Bool[Array, ""]  # it is accurate
     warm: HypergradientState
@@ -359,6 +356,8 @@ class MAIDState(eqx.Module):
     tolerance: Scalar
     scale: Scalar  # the largest value so far
     num_failures: Int[Array, ""]  # steps in a row
+    stats: dict[str, Array]  # of the steps since the last evaluation
+    texts: PyTree  # what is no array in `aux`
 
 
 class _Carry(NamedTuple):
@@ -394,5 +393,18 @@ class _Carry(NamedTuple):
             num_trials=count,
             num_evaluations=count,
             is_over=no,
-            stats=tree_zeros_like(state.known.stats),
+            stats=state.stats,
+        )
+
+    def after(self, state: MAIDState) -> MAIDState:
+        """`state` with what the search has found out."""
+        return dataclasses.replace(
+            state,
+            known=self.known,
+            is_known=self.is_known,
+            warm=self.warm,
+            step_size=self.step_size,
+            is_calibrated=self.is_calibrated,
+            tolerance=self.tolerance,
+            stats=self.stats,
         )

@@ -12,11 +12,13 @@ COUNTS = ("num_gradients", "num_hessian_products", "num_cross_products")
 class History:
     """What happened, as NumPy arrays with one entry for each outer evaluation.
 
-    Entry `k` belongs to theta after `k` outer steps, except that a flagged step does not move
-    theta. The theta that is returned is the last one, unless the `Solution` says otherwise.
+    Entry `k` belongs to theta after `step[k]` outer steps, except that a flagged step does not
+    move theta. The theta that is returned is the last one, unless the `Solution` says otherwise.
 
     **Attributes:**
 
+    - `step`: how many outer steps there were before. After each one a `DoubleLoop` evaluates; a
+        `SingleLoop` after each `evaluate_every`.
     - `value`: `L(x, theta)`.
     - `hypergradient_norm`: two-norm of the hypergradient.
     - `inner_residual`, `adjoint_residual`, `error_estimate`: as in `Estimate`; `None` where
@@ -31,6 +33,7 @@ class History:
     - `seconds`: wall time since the start of the run, compilation included.
     """
 
+    step: np.ndarray
     value: np.ndarray
     hypergradient_norm: np.ndarray
     inner_residual: np.ndarray

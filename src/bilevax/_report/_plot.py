@@ -12,7 +12,7 @@ def plot_history(history: Any, axes: Any = None) -> Any:
     if axes is None:
         _, axes = import_pyplot().subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     value_axis, residual_axis, count_axis = axes
-    steps = np.arange(len(history))
+    steps = history.step
     value_axis.plot(steps, history.value, color="C0")
     value_axis.set(title="Outer objective", xlabel="outer step", ylabel="L(x, theta)")
     for name, label in (
