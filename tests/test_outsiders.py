@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -195,3 +196,52 @@ def test_a_rule_in_a_run_and_what_is_refused():
         bx.jacobian(RIDGE, X0, THETA, rule=Damped())
     with pytest.raises(TypeError, match="Damped"):
         bx.solve(RIDGE, X0, THETA, bx.MAID(hypergradient=Damped()), num_steps=2, progress=False)
+
+
+# --- an outer method
+
+
+class SignDescent(extend.AbstractMethod):
+    """Every entry of theta moves by the same length, which shrinks."""
+
+    length: float = 0.3
+
+    def query(self, problem, x0, theta):
+        solver = extend.as_inner_solver(None, problem.inner, x0)
+        return extend.Query(problem, solver, x0, theta)
+
+    def init(self, problem, x0, theta):
+        query = self.query(problem, x0, theta)
+        return SignState(theta, query.start, bx.Implicit().init(query), jnp.zeros(()))
+
+    def evaluate(self, problem, x0, state, is_last):
+        query = self.query(problem, state.x, state.theta)
+        estimate, warm = bx.Implicit().estimate(query, state.warm)
+        new_state = SignState(state.theta, estimate.x, warm, state.count)
+        return extend.Evaluation.of(estimate, state.theta, proposal=estimate.grad), new_state
+
+    def step(self, problem, state, seen):
+        length = self.length / (1 + state.count)
+        theta = state.theta - length * jnp.sign(seen.proposal)
+        return SignState(theta, state.x, state.warm, state.count + 1)
+
+
+class SignState(eqx.Module):
+    theta: Any
+    x: Any
+    warm: Any
+    count: Any
+
+
+def test_an_outer_method():
+    calls = []
+    solution = bx.solve(
+        RIDGE, X0, THETA, SignDescent(), num_steps=6, callback=calls.append, progress=False
+    )
+    assert solution.history.value[-1] < solution.history.value[0]
+    assert [call.num_steps for call in calls] == list(range(1, 7))
+    moved = np.abs(np.diff([call.theta for call in calls], axis=0))
+    np.testing.assert_allclose(moved, 0.3 / np.arange(1, 6)[:, None] * np.ones(2), rtol=1e-9)
+    assert "SignDescent" in repr(SignDescent())
+    with pytest.raises(ValueError, match="SignDescent"):  # it has no place for a rule
+        bx.solve(RIDGE, X0, THETA, SignDescent(), rule=bx.Implicit(), progress=False)

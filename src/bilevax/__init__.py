@@ -51,6 +51,7 @@ from ._hypergradient._several import hypergradients as hypergradients
 from ._hypergradient._jacobian import Jacobian as Jacobian, jacobian as jacobian
 from ._outer._double_loop import DoubleLoop as DoubleLoop
 from ._outer._maid import MAID as MAID
+from ._outer._single_loop import SingleLoop as SingleLoop
 from ._outer._lbfgs import OuterLBFGS as OuterLBFGS
 from ._outer._newton import OuterNewton as OuterNewton
 from ._outer._tolerances import (

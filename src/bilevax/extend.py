@@ -14,7 +14,7 @@ from ._hypergradient._base import (
     HypergradientState,
     Query,
 )
-from ._hypergradient._linearise import Point
+from ._hypergradient._linearise import Point, directions
 from ._inner._base import (
     AbstractInnerSolver,
     AbstractSteppingSolver,
@@ -22,11 +22,13 @@ from ._inner._base import (
     InnerSolution,
     measure,
 )
+from ._inner._default import as_inner_solver
 from ._linear import (
     AbstractIterativeLinearSolver,
     LinearSolution,
 )
 from ._outer._base import AbstractMethod
+from ._outer._evaluation import Evaluation
 from ._precondition import AbstractPreconditioner
 from ._problem import AbstractCondition
 
@@ -41,11 +43,14 @@ __all__ = [
     "AbstractSteppingSolver",
     "Adjoint",
     "Counts",
+    "Evaluation",
     "HypergradientState",
     "InnerSolution",
     "LinearSolution",
     "Point",
     "Query",
     "Solved",
+    "as_inner_solver",
+    "directions",
     "measure",
 ]

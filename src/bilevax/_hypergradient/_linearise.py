@@ -75,6 +75,26 @@ def point(problem: Bilevel, x: PyTree, theta: PyTree) -> Point:
     return Point(linearise(problem.inner, x, theta), value, aux, *grads)
 
 
+class Directions(NamedTuple):
+    """Down which x, v and theta move together; all zero at a solution of the whole problem."""
+
+    x: PyTree[Array]
+    v: PyTree[Array]
+    theta: PyTree[Array]
+
+
+def directions(problem: Bilevel, x: PyTree, v: PyTree, theta: PyTree) -> Directions:
+    """`residual`, `A^T v - d_x L` and `d_theta L - B^T v`, at any `(x, v, theta)`.
+
+    Dagreou, Ablin, Vaiter and Moreau, "A framework for bilevel optimization that enables
+    stochastic and global variance reduction algorithms", 2022, equations (5) to (7); v with
+    the other sign.
+    """
+    at = point(problem, x, theta)
+    grad, product = at.hypergradient(v)
+    return Directions(at.at.residual, tree_sub(product, at.grad_x), grad)
+
+
 def dual_value(value: Scalar, v: PyTree, residual: PyTree) -> Scalar:
     """`L(x) - v' residual`, see `Point.dual_value`."""
     return value - tree_dot(v, residual).astype(value.dtype)

@@ -1,47 +1,15 @@
 """Outer methods: `init`, `evaluate`, `step`."""
 
 import abc
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
-from jaxtyping import Array, Bool, PyTree, Scalar
+from jaxtyping import Array, Bool, PyTree
 
 from .._as_written import OneLine
 from .._hypergradient._base import AbstractHypergradient
 from .._problem import Bilevel
-from .._results import RESULTS
-
-
-class Place(NamedTuple):
-    """A theta that was evaluated, the x that was found there, and what came with it."""
-
-    theta: PyTree[Array]
-    x: PyTree[Array]
-    aux: PyTree
-
-
-class Evaluation(eqx.Module):
-    """What is known of one theta. What a person sees, and what stops a run, is read here only.
-
-    What nobody knows is `None`, in every evaluation of a run.
-    """
-
-    place: Place
-    value: Scalar
-    hypergradient_norm: Scalar
-    inner_residual: Scalar
-    adjoint_residual: Scalar | None
-    error_estimate: Scalar | None
-    predicted_decrease: Scalar | None  # of the value, by the optimiser's model, in its next step
-    result: RESULTS
-    stats: dict[str, Array]  # all oracle calls since the last evaluation
-    is_usable: Bool[Array, ""]  # theta may move on it
-    is_comparable: Bool[Array, ""]  # usable, and its value is that of a function of theta
-    is_random: Bool[Array, ""]  # its value is that of a random function
-    value_range: tuple[Scalar, Scalar]  # where that function is, as far as errors are known
-    should_stop: Bool[Array, ""]  # the method itself says that it finishes with the next step
-    gave_up: Bool[Array, ""]  # the method cannot go on from here
-    proposal: PyTree = None  # the method's own, for its next step
+from ._evaluation import Evaluation
 
 
 class AbstractMethod(OneLine, eqx.Module):

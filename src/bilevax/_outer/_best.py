@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Scalar
 
 from .._tree import tree_where
-from ._base import Evaluation, Place
+from ._evaluation import Evaluation, Place
 
 
 class Best(eqx.Module):

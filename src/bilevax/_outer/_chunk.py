@@ -15,8 +15,9 @@ from .._inner._default import as_inner_solver
 from .._jit import lean_jit
 from .._problem import Bilevel, check_values, start_at
 from .._results import RESULTS
-from ._base import AbstractMethod, Evaluation
+from ._base import AbstractMethod
 from ._best import Best
+from ._evaluation import Evaluation
 
 MAX_CHUNK = 64  # rows of the buffer of a chunk
 REASONS = {0: None, 1: "tolerance", 2: "optimizer", 3: "failure", 4: "singular"}

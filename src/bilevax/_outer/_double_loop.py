@@ -17,10 +17,10 @@ from .._inner._base import AbstractInnerSolver
 from .._inner._default import as_inner_solver
 from .._inner._external import External, wherever
 from .._problem import Bilevel, as_arrays, is_start_function, start_at
-from .._tree import tree_norm, tree_where, tree_zeros_like
-from ._base import AbstractMethod, Evaluation, Place
-from ._fall_back import MAX_FAILURES, fall_back, is_solved, is_usable, same_place
-from ._line_search import value_range
+from .._tree import tree_where, tree_zeros_like
+from ._base import AbstractMethod
+from ._evaluation import Evaluation, Place
+from ._fall_back import MAX_FAILURES, fall_back, is_usable, same_place
 from ._newton import OuterNewton
 from ._predict import Anchor, Prediction, follow, predict
 from ._tolerances import AbstractToleranceSchedule, at_tolerances
@@ -228,20 +228,14 @@ class DoubleLoop(AbstractMethod):
         # `L(x_K(theta), theta)` of a fixed start and fixed steps
         is_deterministic = hypergradient.rule is None and solver.is_repeatable
         is_function = is_deterministic and self._start_of(x0) == "cold"
-        evaluation = Evaluation(
+        evaluation = Evaluation.of(
+            estimate,
+            point,
+            usable=usable,
+            is_function=is_function,
             place=Place(point, hypergradient.x, estimate.aux),
-            value=estimate.value,
-            hypergradient_norm=tree_norm(estimate.grad),
-            inner_residual=estimate.inner_residual,
-            adjoint_residual=estimate.adjoint_residual,
-            error_estimate=estimate.error_estimate,
             predicted_decrease=new.predicted_decrease,
-            result=estimate.result,
-            stats=estimate.stats,
-            is_usable=usable,
-            is_comparable=usable & (is_solved(estimate) | is_function),
             is_random=jnp.array(not is_deterministic),
-            value_range=value_range(estimate),
             should_stop=new.is_done & usable & ~is_last,
             gave_up=num_failures >= MAX_FAILURES,
             proposal=tree_where(

@@ -28,9 +28,10 @@ from .._tree import (
     tree_zeros_like,
     unbounded,
 )
-from ._base import AbstractMethod, Evaluation, Place
+from ._base import AbstractMethod
+from ._evaluation import Evaluation, Place
 from ._fall_back import is_right
-from ._line_search import check_step, gradient_noise, value_noise, value_range
+from ._line_search import check_step, gradient_noise, value_noise
 from ._tolerances import at_tolerances
 
 _ACCURACY = 0.5  # an error of half the hypergradient leaves a direction of descent
@@ -180,20 +181,15 @@ class MAID(AbstractMethod):
         new_state = dataclasses.replace(
             carry.after(state), x=seen.x, scale=scale, stats=tree_zeros_like(state.stats)
         )
-        evaluation = Evaluation(
+        evaluation = Evaluation.of(
+            seen,
+            state.theta,
+            usable=good & ~is_lost,
+            is_function=True,
             place=Place(state.theta, seen.x, eqx.combine(seen.aux, state.texts)),
-            value=seen.value,
-            hypergradient_norm=tree_norm(seen.grad),
-            inner_residual=seen.inner_residual,
-            adjoint_residual=seen.adjoint_residual,
             error_estimate=self._error(seen),
-            predicted_decrease=None,
             result=RESULTS.where(is_lost & good, RESULTS.inaccurate, seen.result),
             stats=carry.stats,
-            is_usable=good & ~is_lost,
-            is_comparable=good & ~is_lost,
-            is_random=jnp.array(False),
-            value_range=value_range(seen),
             should_stop=is_done & ~is_last,
             gave_up=state.num_failures >= _MAX_FAILURES,
         )
