@@ -19,13 +19,14 @@ from .._inner._base import AbstractInnerSolver
 from .._inner._default import as_inner_solver
 from .._problem import AbstractCondition, Bilevel, prepare, start_at
 from .._results import RESULTS
-from .._tree import debugged
+from .._tree import debugged, largest_entry
 from ._captured import Replaced, is_tracer
 
 _NUM_POINTS = 50  # before x was lost: the steps of a line search, all tried from one x
+_FAR = 1e6  # times the start: x has run away
 _DIVERGED = (
-    "The steps of the inner solver diverge: x is no longer finite, and `inner` and its derivatives "
-    "make no NaN where it was. Reduce the step size, or start nearer to the solution."
+    "The steps of the inner solver diverge: x is no longer finite, or so large that `inner` "
+    "overflows. Reduce the step size, or start nearer to the solution."
 )
 
 
@@ -73,15 +74,17 @@ def locate(problem: Bilevel, inner_solver: Any, x0: PyTree, theta: PyTree, *more
             _evaluate(bound, x, theta)
     solver = as_inner_solver(inner_solver, bound.inner, x0)
     for x in _along_the_steps(bound.inner, solver, x0, theta):
-        if not _is_finite(x):
+        if not _is_finite(x) or _has_run_away(bound, x, x0, theta):
             raise FloatingPointError(_DIVERGED)
         _evaluate(bound, x, theta)
 
 
 def _evaluate(problem: Bilevel, x: PyTree, theta: PyTree) -> None:
     """What a rule asks for, operation by operation."""
-    inner = problem.inner
-    with jax.disable_jit():
+    inner, (nans, infs) = problem.inner, debugged()
+    # Said once more, for this thread: after a `with jax.debug_nans(False)`, of which JAX has some
+    # of its own, JAX 0.10 checks no operation again that it has compiled before.
+    with jax.disable_jit(), jax.debug_nans(nans), jax.debug_infs(infs):
         (inner.objective or inner.residual)(x, theta)
         inner.residual(x, theta)
         value, pull_back = jax.vjp(lambda *at: problem.outer_value(*at)[0], x, theta)
@@ -112,6 +115,15 @@ def _along_the_steps(
         jax.effects_barrier()
     for x in (*reversed(finite), *lost):
         yield jtu.tree_map(jnp.asarray, x)
+
+
+def _has_run_away(problem: Bilevel, x: PyTree, x0: PyTree, theta: PyTree) -> bool:
+    """Whether what is lost at x is lost because x is far from everything."""
+    if largest_entry(x) <= _FAR * (1 + largest_entry(x0)):
+        return False
+    inner = problem.inner
+    with jax.debug_nans(False), jax.debug_infs(False):
+        return not _is_finite((inner.objective or inner.residual)(x, theta))
 
 
 def _is_finite(x: PyTree) -> bool:
