@@ -31,7 +31,7 @@ def bilevax(method: str, tolerance: float | None = None, rtol: float | None = No
     if method != "NewtonCG" or tolerance is not None:
         stop = {} if tolerance is None else {"rtol": 0.0, "atol": tolerance}
         solver = solvers[method](**stop)
-    rule = None if rtol is None else bx.Implicit(bx.CG(rtol=rtol))
+    rule = None if rtol is None else bx.Implicit(bx.linear.CG(rtol=rtol))
 
     return _bilevax_program(inner_solver=solver, rule=rule)
 
@@ -162,7 +162,7 @@ def bilevax_adjoint(rtol: float | None = None) -> Callable:
     """The same by bilevax."""
     import bilevax as bx
 
-    rule = bx.Implicit(None if rtol is None else bx.CG(rtol=rtol), inexact=True)
+    rule = bx.Implicit(None if rtol is None else bx.linear.CG(rtol=rtol), inexact=True)
     return _bilevax_program(inner_solver=bx.Given(), rule=rule)
 
 

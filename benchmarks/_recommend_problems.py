@@ -67,7 +67,7 @@ def _normal(*shape: int, seed: int = 0) -> Any:
 def _solved(name: str, problem: bx.Bilevel, x0: Any, theta: Any, solver: Any = None) -> Case:
     """The truth is that of the exact inner solution."""
     tight = bx.NewtonCG(rtol=1e-10)
-    truth = bx.Implicit(bx.CG(rtol=1e-10))
+    truth = bx.Implicit(bx.linear.CG(rtol=1e-10))
     return Case(name, problem, x0, theta, solver, truth, tight)
 
 
@@ -280,7 +280,7 @@ def _fixed_point(name: str, d: int, norm: float) -> Case:
 
     problem = bx.Bilevel(bx.FixedPoint(step), outer, inner_data=weights)
     theta = 0.1 * _normal(d, seed=1)
-    truth = bx.Implicit(bx.GMRES(rtol=1e-11))
+    truth = bx.Implicit(bx.linear.GMRES(rtol=1e-11))
     tight = optx.FixedPointIteration(rtol=1e-11, atol=1e-11)
     return Case(name, problem, jnp.zeros(d), theta, None, truth, tight)
 
@@ -305,7 +305,7 @@ def root(shrink: int) -> Case:
         return jnp.mean((x - 0.4) ** 2)
 
     problem = bx.Bilevel(bx.Root(equation), outer, inner_data=matrix)
-    truth = bx.Implicit(bx.GMRES(rtol=1e-11))
+    truth = bx.Implicit(bx.linear.GMRES(rtol=1e-11))
     return Case(
         "root of 60 equations", problem, jnp.zeros(d), _normal(d, seed=1), None, truth, None
     )

@@ -61,22 +61,22 @@ class Method(NamedTuple):
 
     @property
     def solver(self) -> AbstractIterativeLinearSolver:
-        cg = bx.CG(rtol=RTOL, max_steps=50_000)
-        return cg if self.rank is None else bx.Recycled(cg, self.rank)
+        cg = bx.linear.CG(rtol=RTOL, max_steps=50_000)
+        return cg if self.rank is None else bx.linear.Recycled(cg, self.rank)
 
 
 METHODS = (
     Method("cold CG", is_warm=False),
     Method("warm CG"),
-    Method("cold, Jacobi", is_warm=False, preconditioner=bx.Jacobi()),
-    Method("cold, Nystrom 200", is_warm=False, preconditioner=bx.Nystrom(200)),
+    Method("cold, Jacobi", is_warm=False, preconditioner=bx.precondition.Jacobi()),
+    Method("cold, Nystrom 200", is_warm=False, preconditioner=bx.precondition.Nystrom(200)),
     Method("cold, recycled 20", is_warm=False, rank=20),
     *(
-        Method(f"warm, Nystrom {rank}", preconditioner=bx.Nystrom(rank))
+        Method(f"warm, Nystrom {rank}", preconditioner=bx.precondition.Nystrom(rank))
         for rank in (200, 500, 1_000, 2_000)
     ),
     *(Method(f"warm, recycled {rank}", rank=rank) for rank in (20, 40)),
-    Method("warm, recycled 20, Nystrom 100", rank=20, preconditioner=bx.Nystrom(100)),
+    Method("warm, recycled 20, Nystrom 100", rank=20, preconditioner=bx.precondition.Nystrom(100)),
 )
 
 

@@ -58,7 +58,7 @@ def step_time(size: int, dtype: str, num_rounds: int) -> tuple[Any, ...]:
 
     system, b = make_system(size, dtype)
 
-    def compiled(solver: bx.CG) -> Callable:
+    def compiled(solver: bx.linear.CG) -> Callable:
         return jax.jit(lambda system, b: solver.solve(lambda v: product(system, v), b).value)
 
     @jax.jit
@@ -78,8 +78,8 @@ def step_time(size: int, dtype: str, num_rounds: int) -> tuple[Any, ...]:
 
     fns = {
         "hand": by_hand,
-        "fixed": compiled(bx.CG(num_steps=STEPS)),
-        "measured": compiled(bx.CG(rtol=0.0, max_steps=STEPS)),
+        "fixed": compiled(bx.linear.CG(num_steps=STEPS)),
+        "measured": compiled(bx.linear.CG(rtol=0.0, max_steps=STEPS)),
     }
     timings = race({name: repeated(fn) for name, fn in fns.items()}, num_rounds)
     hand, fixed, measured = (

@@ -110,8 +110,8 @@ def hypergradients(num_steps: int, parameters: Any, data: Any) -> dict[str, Call
         f"bx.Truncated, last {NUM_TRUNCATED} or K / 2": by_rule(
             bx.Truncated(min(NUM_TRUNCATED, num_steps // 2))
         ),
-        f"bx.Implicit(bx.CG(num_steps={NUM_CG_STEPS}))": by_rule(
-            bx.Implicit(bx.CG(num_steps=NUM_CG_STEPS), inexact=True)
+        f"bx.Implicit(bx.linear.CG(num_steps={NUM_CG_STEPS}))": by_rule(
+            bx.Implicit(bx.linear.CG(num_steps=NUM_CG_STEPS), inexact=True)
         ),
     }
 

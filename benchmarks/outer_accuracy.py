@@ -68,7 +68,7 @@ def methods() -> dict[str, Any]:
     """What is compared; conjugate gradients at both levels."""
 
     def loop(rtol: float, optimizer: Any, rule: Any = None, tolerances: Any = None) -> Any:
-        rule = bx.Implicit(bx.CG(rtol=rtol)) if rule is None else rule
+        rule = bx.Implicit(bx.linear.CG(rtol=rtol)) if rule is None else rule
         return bx.DoubleLoop(bx.NewtonCG(rtol=rtol), rule, optimizer, tolerances=tolerances)
 
     adam, lbfgs = optax.adam(0.1), bx.OuterLBFGS()
@@ -78,8 +78,8 @@ def methods() -> dict[str, Any]:
         "Adam, exponential": loop(1e-6, adam, tolerances=bx.ExponentialTolerance()),
         "Adam, quadratic": loop(1e-6, adam, tolerances=bx.PolynomialTolerance()),
         "Adam, cubic": loop(1e-6, adam, tolerances=bx.PolynomialTolerance(power=3)),
-        "Adam, Implicit(rtol=0.1)": loop(1e-6, adam, bx.Implicit(bx.CG(), rtol=0.1)),
-        "MAID": bx.MAID(bx.NewtonCG(), bx.Implicit(bx.CG())),
+        "Adam, Implicit(rtol=0.1)": loop(1e-6, adam, bx.Implicit(bx.linear.CG(), rtol=0.1)),
+        "MAID": bx.MAID(bx.NewtonCG(), bx.Implicit(bx.linear.CG())),
         "OuterLBFGS, 1e-8": loop(1e-8, lbfgs),
         "OuterLBFGS, 1e-6": loop(1e-6, lbfgs),
         "OuterLBFGS, 1e-3": loop(1e-3, lbfgs),
@@ -110,7 +110,7 @@ def exact_value(problem: bx.Bilevel, theta: np.ndarray) -> float:
     """The outer objective with the inner problem solved to 1e-10."""
     x0 = jnp.zeros(theta.size)
     tight = bx.NewtonCG(rtol=1e-10)
-    rule = bx.Implicit(bx.CG(num_steps=1))  # only the value is wanted
+    rule = bx.Implicit(bx.linear.CG(num_steps=1))  # only the value is wanted
     estimate, _ = bx.hypergradient(
         problem, x0, jnp.asarray(theta), inner_solver=tight, rule=rule, throw=False
     )

@@ -88,7 +88,7 @@ def candidates(case: problems.Case) -> dict[str, Any]:
     """Every rule that could be tried; those that cannot be used drop out."""
     rules: dict[str, Any] = {
         "Implicit()": bx.Implicit(),
-        "Implicit(Neumann(10))": bx.Implicit(bx.Neumann(10)),
+        "Implicit(Neumann(10))": bx.Implicit(bx.linear.Neumann(10)),
         "OneStep()": bx.OneStep(),
         "MinimumNorm()": bx.MinimumNorm(),
         "Unrolled()": bx.Unrolled(),
@@ -96,14 +96,14 @@ def candidates(case: problems.Case) -> dict[str, Any]:
         "Truncated(10)": bx.Truncated(10),
     }
     if case.problem.inner.is_symmetric:
-        jacobi = bx.Implicit(bx.CG(rtol=1e-4), preconditioner=bx.Jacobi())
-        rules["Implicit(CG(1e-3))"] = bx.Implicit(bx.CG(rtol=1e-3))
+        jacobi = bx.Implicit(bx.linear.CG(rtol=1e-4), preconditioner=bx.precondition.Jacobi())
+        rules["Implicit(CG(1e-3))"] = bx.Implicit(bx.linear.CG(rtol=1e-3))
         rules["Implicit(CG, Jacobi)"] = jacobi
-        rules["Implicit(polish)"] = bx.Implicit(bx.CG(rtol=1e-2), polish=True)
+        rules["Implicit(polish)"] = bx.Implicit(bx.linear.CG(rtol=1e-2), polish=True)
     else:
-        rules["Implicit(GMRES(1e-3))"] = bx.Implicit(bx.GMRES(rtol=1e-3))
+        rules["Implicit(GMRES(1e-3))"] = bx.Implicit(bx.linear.GMRES(rtol=1e-3))
     if case.size <= 500:
-        rules["Implicit(Direct)"] = bx.Implicit(bx.Direct())
+        rules["Implicit(Direct)"] = bx.Implicit(bx.linear.Direct())
     if hasattr(bx, "ForwardMode") and case.num_outer <= 20:
         rules["ForwardMode()"] = bx.ForwardMode()
     return rules

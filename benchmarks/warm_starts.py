@@ -53,7 +53,7 @@ def run(
     """One run; no time is measured."""
     method = bx.DoubleLoop(
         bx.NewtonCG(rtol=rtol, dense=False),
-        bx.Implicit(bx.CG(rtol=rtol)),
+        bx.Implicit(bx.linear.CG(rtol=rtol)),
         optax.adam(0.1),
         start="warm" if inner else "cold",
         warm_start_adjoint=adjoint,

@@ -25,7 +25,9 @@ import bilevax
 # `!!! example` and its indented block, as MkDocs, editors and Equinox' documentation have it.
 ADMONITION = re.compile(r'^!!! (\w+)(?: "(.+)")?\n((?:\n|    .*\n?)+)', re.MULTILINE)
 # `Name`, `bx.Name` and `Name()` in running text.
-NAME = re.compile(r"(?<![`}\w])`((?:bx\.)?(\w+)(?:\(\))?)`(?!`)")
+NAME = re.compile(
+    r"(?<![`}\w])`((?:bx\.)?(?:(?:linear|precondition|records)\.)?(\w+)(?:\(\))?)`(?!`)"
+)
 
 
 def to_myst(docstring: str) -> str:
@@ -37,8 +39,12 @@ def to_myst(docstring: str) -> str:
         return f":::{{admonition}} {title}\n:class: tip\n\n{body}\n:::\n"
 
     def reference(match: re.Match[str]) -> str:
-        known = hasattr(bilevax, match[2]) and not inspect.ismodule(getattr(bilevax, match[2]))
-        return f"{{py:obj}}`{match[1]} <bilevax.{match[2]}>`" if known else match[0]
+        for home in ("", "linear.", "precondition.", "records."):
+            module = importlib.import_module(f"bilevax.{home}".rstrip("."))
+            value = vars(module).get(match[2])
+            if value is not None and not inspect.ismodule(value):
+                return f"{{py:obj}}`{match[1]} <bilevax.{home}{match[2]}>`"
+        return match[0]
 
     return NAME.sub(reference, ADMONITION.sub(admonition, docstring))
 

@@ -102,7 +102,7 @@ for what, x in (("trained on the 50 training digits", first), ("trained on all 1
 rules = {
     "unrolled": bx.Unrolled(),
     "truncated": bx.Truncated(5),
-    "implicit": bx.Implicit(bx.Neumann(num_terms=20, step_size=learning_rate), inexact=True),
+    "implicit": bx.Implicit(bx.linear.Neumann(num_terms=20, step_size=learning_rate), inexact=True),
 }
 problem = bx.Bilevel(inner, outer, inner_data=train, outer_data=validation)
 steps = bx.Descent(optax.sgd(learning_rate), num_steps=20)

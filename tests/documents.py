@@ -8,9 +8,19 @@ from types import ModuleType
 from typing import Any
 
 import bilevax
+import bilevax.linear
+import bilevax.precondition
+import bilevax.records
 import bilevax.testing
 
 ROOT = Path(__file__).parents[1]
+MODULES = {
+    "": bilevax,
+    "linear.": bilevax.linear,
+    "precondition.": bilevax.precondition,
+    "records.": bilevax.records,
+    "testing.": bilevax.testing,
+}
 FENCE = re.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^(?P=indent)```", re.M | re.S)
 
 
@@ -18,7 +28,7 @@ def public_objects() -> dict[str, Any]:
     """What the user gets, by the name that follows `bilevax.`; not what was imported for it."""
     return {
         prefix + name: value
-        for prefix, module in (("", bilevax), ("testing.", bilevax.testing))
+        for prefix, module in MODULES.items()
         for name, value in vars(module).items()
         if not name.startswith("_")
         and not isinstance(value, ModuleType)

@@ -16,13 +16,13 @@ ORACLE = ridge(
     feature_scale_decades=2.0,
     frequencies=EVEN_FREQUENCIES,
 )
-TIGHT = bx.CG(rtol=1e-11)
+TIGHT = bx.linear.CG(rtol=1e-11)
 RULES = {
     "plain": bx.Implicit(TIGHT),
-    "recycled": bx.Implicit(bx.Recycled(TIGHT, 10)),
-    "nystrom": bx.Implicit(TIGHT, bx.Nystrom(20)),
-    "jacobi": bx.Implicit(TIGHT, bx.Jacobi()),
-    "both": bx.Implicit(bx.Recycled(TIGHT, 10), bx.Jacobi()),
+    "recycled": bx.Implicit(bx.linear.Recycled(TIGHT, 10)),
+    "nystrom": bx.Implicit(TIGHT, bx.precondition.Nystrom(20)),
+    "jacobi": bx.Implicit(TIGHT, bx.precondition.Jacobi()),
+    "both": bx.Implicit(bx.linear.Recycled(TIGHT, 10), bx.precondition.Jacobi()),
     "function": bx.Implicit(TIGHT, lambda x, theta: lambda r: 2.0 * r),
 }
 

@@ -30,14 +30,14 @@ def preconditioner(x, theta):
 
 
 RULES = {
-    "tolerance": lambda a: (bx.NewtonCG(), bx.Implicit(bx.CG(rtol=a))),
+    "tolerance": lambda a: (bx.NewtonCG(), bx.Implicit(bx.linear.CG(rtol=a))),
     "preconditioner": lambda a: (
         bx.NewtonCG(),
-        bx.Implicit(bx.CG(rtol=a), preconditioner=preconditioner),
+        bx.Implicit(bx.linear.CG(rtol=a), preconditioner=preconditioner),
     ),
     "quasi_newton": lambda a: (
         bx.LBFGS(rtol=a),
-        bx.Implicit(bx.CG(rtol=a), preconditioner=bx.QuasiNewton()),
+        bx.Implicit(bx.linear.CG(rtol=a), preconditioner=bx.precondition.QuasiNewton()),
     ),
     "inner_tolerance": lambda a: (bx.NewtonCG(rtol=a), None),
     "step_size": lambda a: (bx.NewtonCG(), bx.KStep(400, 0.03 + a)),
@@ -60,7 +60,7 @@ def test_damping_may_be_an_array():
     damped = SCALES + jnp.exp(THETA) + 0.5
     x = solution(THETA)
     expected = -2 * (x - 0.4) / damped * jnp.exp(THETA) * x
-    rule = bx.Implicit(bx.CG(rtol=1e-10), damping=jnp.asarray(0.5))
+    rule = bx.Implicit(bx.linear.CG(rtol=1e-10), damping=jnp.asarray(0.5))
     got = jax.grad(lambda theta: loss(bx.argmin(inner, rule=rule)(X0, theta)))(THETA)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 

@@ -464,14 +464,18 @@ CASES = {
     "singular": (
         "_singular",
         "4 of the computed",
-        lambda: overparameterised(rule=bx.Implicit(bx.CG())),
+        lambda: overparameterised(rule=bx.Implicit(bx.linear.CG())),
     ),
     "flagged": (
         "_flagged",
         "adjoint_not_converged",
-        lambda: logistic(rule=bx.Implicit(bx.CG(max_steps=2))),
+        lambda: logistic(rule=bx.Implicit(bx.linear.CG(max_steps=2))),
     ),
-    "loose": ("_loose", "too loosely", lambda: logistic(rule=bx.Implicit(bx.CG(num_steps=1)))),
+    "loose": (
+        "_loose",
+        "too loosely",
+        lambda: logistic(rule=bx.Implicit(bx.linear.CG(num_steps=1))),
+    ),
     "one step": ("_other", "OneStep", lambda: from_start(rule=bx.OneStep())),
 }
 

@@ -44,7 +44,7 @@ def found():
     rules = {
         "implicit": bx.Implicit(inexact=True),
         "unrolled": bx.Unrolled(),
-        "wrong": bx.Implicit(bx.Neumann(20, step_size=10.0), inexact=True),
+        "wrong": bx.Implicit(bx.linear.Neumann(20, step_size=10.0), inexact=True),
     }
     return bx.compare(PROBLEM, X0, THETA, rules, inner_solver=descent, num_rounds=2, verbose=False)
 
@@ -113,7 +113,7 @@ def test_the_picture(found, tmp_path):
 
 def test_a_rule_that_cannot_be_used_has_a_line():
     equation = bx.Bilevel(bx.Root(lambda x, theta: x + 0.1 * x**3 - theta), outer)
-    rules = [bx.Implicit(bx.CG()), bx.Implicit()]
+    rules = [bx.Implicit(bx.linear.CG()), bx.Implicit()]
     found = bx.compare(
         equation, X0, THETA, rules, inner_solver=bx.Given(), num_rounds=1, verbose=False
     )
@@ -155,7 +155,7 @@ def test_a_reference_of_ones_own_and_the_printed_table(capsys):
 
 def test_mistakes_are_named():
     with pytest.raises(TypeError, match="takes rules"):
-        bx.compare(PROBLEM, X0, THETA, [bx.CG()])
+        bx.compare(PROBLEM, X0, THETA, [bx.linear.CG()])
     with pytest.raises(ValueError, match="no rule"):
         bx.compare(PROBLEM, X0, THETA, [])
     with pytest.raises(ValueError, match="structure of theta"):

@@ -33,7 +33,7 @@ def tight(oracle, dtype="float64"):
     """The default solvers for a condition with tolerances near the floor of the dtype."""
     tolerance = 1e-11 if dtype == "float64" else 3e-6
     if is_minimum(oracle):
-        return bx.NewtonCG(rtol=tolerance), bx.Implicit(bx.CG(rtol=tolerance))
+        return bx.NewtonCG(rtol=tolerance), bx.Implicit(bx.linear.CG(rtol=tolerance))
     solver = optx.Newton if oracle.kind == "root" else optx.FixedPointIteration
     return solver(rtol=tolerance, atol=tolerance), bx.Implicit()
 
@@ -104,7 +104,7 @@ def test_every_inner_solver_serves_implicit(name):
         oracle.x0,
         oracle.theta,
         inner_solver=INNER_SOLVERS[name],
-        rule=bx.Implicit(bx.CG(rtol=1e-11)),
+        rule=bx.Implicit(bx.linear.CG(rtol=1e-11)),
     )
     assert relative_error(estimate.grad, oracle.hypergradient) < 1e-6
     assert float(estimate.inner_residual) <= float(estimate.inner_tolerance)
@@ -140,9 +140,9 @@ def test_solvers_of_other_kinds_serve_every_condition(solver, name):
 
 
 LINEAR_SOLVERS = {
-    "CG": bx.CG(rtol=1e-11),
-    "GradientDescent": bx.GradientDescent(rtol=1e-11, max_steps=5_000),
-    "Neumann": bx.Neumann(num_terms=1_000),
+    "CG": bx.linear.CG(rtol=1e-11),
+    "GradientDescent": bx.linear.GradientDescent(rtol=1e-11, max_steps=5_000),
+    "Neumann": bx.linear.Neumann(num_terms=1_000),
     "lx.CG": lx.CG(rtol=1e-11, atol=1e-11),
     "lx.GMRES": lx.GMRES(rtol=1e-11, atol=1e-11),
     "lx.BiCGStab": lx.BiCGStab(rtol=1e-11, atol=1e-11),
@@ -178,7 +178,7 @@ def test_every_linear_solver_serves_implicit(name):
 
 
 RULES = {
-    "Implicit": (bx.Implicit(bx.CG(rtol=1e-12)), 1e-8),
+    "Implicit": (bx.Implicit(bx.linear.CG(rtol=1e-12)), 1e-8),
     "Unrolled": (bx.Unrolled(), 1e-8),
     "Unrolled all": (bx.Unrolled(checkpoints="all"), 1e-8),
     "Truncated": (bx.Truncated(num_steps=200), 1e-8),
@@ -294,7 +294,7 @@ def test_weak_types_and_python_numbers_do_not_recompile():
 def test_argmin_jvp_is_the_transpose_of_vjp(name):
     oracle = oracles("float64")[name]
     solver, _ = tight(oracle)
-    rule = bx.Implicit(bx.CG(rtol=1e-12) if is_minimum(oracle) else lx.GMRES(1e-12, 1e-12))
+    rule = bx.Implicit(bx.linear.CG(rtol=1e-12) if is_minimum(oracle) else lx.GMRES(1e-12, 1e-12))
     x_star = bx.argmin(oracle.problem.inner, solver, rule)
     arrays, static = eqx.partition(oracle.theta, eqx.is_array)
 
@@ -326,7 +326,7 @@ def test_argmin_jvp_is_the_transpose_of_vjp(name):
 def test_argmin_second_derivatives(name):
     oracle = oracles("float64")[name]
     solver, _ = tight(oracle)
-    rule = bx.Implicit(bx.CG(rtol=1e-12) if is_minimum(oracle) else lx.GMRES(1e-12, 1e-12))
+    rule = bx.Implicit(bx.linear.CG(rtol=1e-12) if is_minimum(oracle) else lx.GMRES(1e-12, 1e-12))
     x_star = bx.argmin(oracle.problem.inner, solver, rule)
 
     def value(theta):
@@ -350,7 +350,7 @@ def test_argmin_sees_closed_over_tracers_and_a_bias_without_regulariser():
                 x["w"] ** 2
             )
 
-        x_star = bx.argmin(inner, bx.NewtonCG(rtol=1e-12), bx.Implicit(bx.CG(rtol=1e-12)))
+        x_star = bx.argmin(inner, bx.NewtonCG(rtol=1e-12), bx.Implicit(bx.linear.CG(rtol=1e-12)))
         x = x_star({"w": jnp.zeros(2), "b": jnp.zeros(())}, theta)
         return jnp.sum(jnp.sin(x["w"])) + x["b"] ** 2
 
@@ -413,7 +413,7 @@ def test_jacobian_is_the_oracles(name):
     oracle = oracles("float64")[name]
     x = jax.tree_util.tree_map(jnp.asarray, oracle.x_star)
     rule = (
-        bx.Implicit(bx.CG(rtol=1e-11))
+        bx.Implicit(bx.linear.CG(rtol=1e-11))
         if is_minimum(oracle)
         else bx.Implicit(lx.GMRES(1e-11, 1e-11))
     )

@@ -39,12 +39,12 @@ GRADIENT = -0.05 * np.ones(3)
 STEPS = bx.Descent(optax.sgd(0.2), num_steps=60)
 RULES = {
     "default": (bx.Implicit(), None),
-    "CG": (bx.Implicit(bx.CG()), bx.LBFGS()),
-    "MINRES": (bx.Implicit(bx.MINRES(indefinite=True)), bx.NewtonCG(dense=False)),
-    "GMRES": (bx.Implicit(bx.GMRES()), STEPS),
-    "Chebyshev": (bx.Implicit(bx.Chebyshev()), None),
+    "CG": (bx.Implicit(bx.linear.CG()), bx.LBFGS()),
+    "MINRES": (bx.Implicit(bx.linear.MINRES(indefinite=True)), bx.NewtonCG(dense=False)),
+    "GMRES": (bx.Implicit(bx.linear.GMRES()), STEPS),
+    "Chebyshev": (bx.Implicit(bx.linear.Chebyshev()), None),
     "accuracy": (bx.Implicit(rtol=1e-4), None),
-    "Jacobi": (bx.Implicit(bx.CG(), preconditioner=bx.Jacobi()), None),
+    "Jacobi": (bx.Implicit(bx.linear.CG(), preconditioner=bx.precondition.Jacobi()), None),
     "MinimumNorm": (bx.MinimumNorm(), None),
     "Unrolled": (bx.Unrolled(), STEPS),
     "Truncated": (bx.Truncated(40), STEPS),

@@ -100,7 +100,7 @@ OTHERS = {
     "Unrolled_reversible": (bx.Unrolled(checkpoints="reversible"), MOMENTUM),
     "Unrolled_Newton": (bx.Unrolled(), bx.NewtonCG()),
     "ForwardMode": (bx.ForwardMode(), STEPS),
-    "Implicit_CG": (bx.Implicit(bx.CG(rtol=1e-10)), None),
+    "Implicit_CG": (bx.Implicit(bx.linear.CG(rtol=1e-10)), None),
     "Implicit_inexact": (bx.Implicit(inexact=True), None),
 }
 

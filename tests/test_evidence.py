@@ -51,7 +51,7 @@ def test_estimate_and_bound_of_an_inexact_x(distance):
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4])
 def test_estimate_and_bound_of_an_inexact_adjoint(num_steps):
-    rule = bx.Implicit(bx.CG(num_steps=num_steps), error_estimate=True)
+    rule = bx.Implicit(bx.linear.CG(num_steps=num_steps), error_estimate=True)
     x = jnp.asarray(ORACLE.x_star)
     estimate, _ = bx.hypergradient(CERTIFIED, x, THETA, inner_solver=ANY, rule=rule)
     assert float(estimate.error_estimate) == pytest.approx(error(estimate), rel=1e-3)
@@ -102,7 +102,7 @@ def test_an_x_outside_the_basin_of_newton_has_no_estimate():
 
 def test_bias_of_damping():
     damping = 1e-2
-    rule = bx.Implicit(bx.CG(rtol=1e-12), damping=damping)
+    rule = bx.Implicit(bx.linear.CG(rtol=1e-12), damping=damping)
     estimate, _ = bx.hypergradient(
         ORACLE.problem, ORACLE.x0, THETA, inner_solver=bx.NewtonCG(rtol=1e-12), rule=rule
     )
@@ -180,7 +180,7 @@ def test_accuracy_on_demand_by_conjugate_gradients():
 
 def test_systems_that_are_not_solved_have_their_own_outcome():
     problem, x0, theta, _ = large(jnp.float64)
-    rule = bx.Implicit(bx.CG(max_steps=5), rtol=jnp.asarray(1e-6))
+    rule = bx.Implicit(bx.linear.CG(max_steps=5), rtol=jnp.asarray(1e-6))
     estimate, _ = bx.hypergradient(problem, x0, theta, rule=rule, throw=False)
     assert estimate.result == bx.RESULTS.adjoint_not_converged
 
@@ -259,7 +259,7 @@ def test_the_primal_is_not_recomputed_in_the_krylov_loop():
     product = 2 * 2 * 400 * 50  # two products with the data, two operations an entry
     # `Given` measures its residual by one gradient and one product: four of these halves.
     measured = 2 * product
-    loop = flops(bx.Implicit(bx.CG(num_steps=10))) - without_loop - measured
+    loop = flops(bx.Implicit(bx.linear.CG(num_steps=10))) - without_loop - measured
     assert loop < 1.5 * product
 
 
@@ -298,7 +298,7 @@ def test_several_outer_objectives_at_once():
 
     problem = bx.Bilevel(ORACLE.problem.inner, objectives, outer_data=ORACLE.problem.outer_data)
     solver = bx.NewtonCG(rtol=1e-12)
-    for rule in (None, bx.Implicit(bx.CG(rtol=1e-12))):
+    for rule in (None, bx.Implicit(bx.linear.CG(rtol=1e-12))):
         several = bx.hypergradients(problem, ORACLE.x0, THETA, inner_solver=solver, rule=rule)
         assert several.grad.shape == (3, 6) and several.aux == "aux"
         assert relative_error(several.grad[0], ORACLE.hypergradient) < 1e-9

@@ -44,7 +44,7 @@ def exact_gradient():
     "rule",
     [
         None,
-        bx.Implicit(bx.CG(rtol=1e-10), preconditioner=bx.Nystrom(rank=8)),
+        bx.Implicit(bx.linear.CG(rtol=1e-10), preconditioner=bx.precondition.Nystrom(rank=8)),
         bx.Implicit(lx.Cholesky()),
     ],
     ids=["default", "sketch", "Lineax"],
@@ -78,7 +78,7 @@ def test_equations_and_batches():
     problem = bx.Bilevel(bx.Root(equation), outer)
 
     def grad(theta):
-        return bx.hypergradient(problem, X0, theta, rule=bx.Implicit(bx.Direct()))[0].grad
+        return bx.hypergradient(problem, X0, theta, rule=bx.Implicit(bx.linear.Direct()))[0].grad
 
     thetas = jnp.stack([THETA, -THETA])
     np.testing.assert_allclose(jax.vmap(grad)(thetas), jax.vmap(jax.grad(value))(thetas), atol=1e-9)

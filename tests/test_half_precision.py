@@ -24,11 +24,11 @@ def problem(dtype):
 EXACT = float(jnp.sum(2 * (RIGHT / SCALE - 1) * RIGHT / SCALE))
 RULES = {
     "default": None,
-    "Direct": bx.Implicit(bx.Direct()),
-    "CG": bx.Implicit(bx.CG()),
-    "MINRES": bx.Implicit(bx.MINRES()),
-    "GMRES": bx.Implicit(bx.GMRES()),
-    "Nystrom": bx.Implicit(bx.CG(), preconditioner=bx.Nystrom(rank=2)),
+    "Direct": bx.Implicit(bx.linear.Direct()),
+    "CG": bx.Implicit(bx.linear.CG()),
+    "MINRES": bx.Implicit(bx.linear.MINRES()),
+    "GMRES": bx.Implicit(bx.linear.GMRES()),
+    "Nystrom": bx.Implicit(bx.linear.CG(), preconditioner=bx.precondition.Nystrom(rank=2)),
     "Lineax LU": bx.Implicit(lx.LU()),
     "Lineax CG": bx.Implicit(lx.CG(1e-3, 1e-3)),
     "MinimumNorm": bx.MinimumNorm(),

@@ -94,7 +94,7 @@ def test_quadratic_has_its_closed_form(kind, rtol):
 def test_newton_cg_costs_little_more_than_cg_on_a_quadratic(rtol):
     matrix, c = make_quadratic()
     solution = succeeded(minimise(quadratic, "cg", jnp.zeros(50), (matrix, c), rtol))
-    plain = bx.CG(rtol=rtol).solve(lambda v: matrix @ v, c)
+    plain = bx.linear.CG(rtol=rtol).solve(lambda v: matrix @ v, c)
     assert solution.stats["num_gradients"] <= 3
     assert int(solution.stats["num_hessian_products"]) <= 1.2 * int(plain.num_products) + 5
 

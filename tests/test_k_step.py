@@ -81,7 +81,7 @@ def test_series_is_neumann_and_its_remainder_is_estimated():
     for num_steps, factor in ((5, 1.6), (40, 1.1)):
         rule = bx.KStep(num_steps, step_size=0.7)
         estimate = estimate_at(ORACLE, rule)
-        neumann = estimate_at(ORACLE, bx.Implicit(bx.Neumann(num_steps, 0.7)))
+        neumann = estimate_at(ORACLE, bx.Implicit(bx.linear.Neumann(num_steps, 0.7)))
         assert relative_error(estimate.grad, neumann.grad) < 1e-12
         assert float(estimate.adjoint_residual) == pytest.approx(float(neumann.adjoint_residual))
         error = np.linalg.norm(estimate.grad - ORACLE.hypergradient)

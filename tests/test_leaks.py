@@ -25,7 +25,7 @@ STEPS = bx.Descent(optax.sgd(0.3), 60)
 CASES = {
     "Implicit": (bx.Implicit(), None),
     "Implicit, options as arrays": (
-        bx.Implicit(bx.CG(rtol=jnp.asarray(1e-9)), damping=jnp.asarray(1e-12)),
+        bx.Implicit(bx.linear.CG(rtol=jnp.asarray(1e-9)), damping=jnp.asarray(1e-12)),
         bx.LBFGS(rtol=jnp.asarray(1e-9)),
     ),
     "MinimumNorm": (bx.MinimumNorm(), None),

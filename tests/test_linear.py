@@ -8,8 +8,9 @@ import numpy as np
 import optimistix as optx
 import pytest
 
-from bilevax import CG, RESULTS
+from bilevax import RESULTS
 from bilevax._linear import verify
+from bilevax.linear import CG
 
 OUTCOMES = (
     "successful",

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from test_linear import definite, outcome, singular_matrix, solve_dense, vector
 
-from bilevax import CG, Direct, GradientDescent, Neumann
 from bilevax._linear import GMRES, default_linear_solver, solve_linear, verify
 from bilevax._linear._common import largest_eigenvalue
+from bilevax.linear import CG, Direct, GradientDescent, Neumann
 
 
 @eqx.filter_jit

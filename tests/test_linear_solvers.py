@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from test_linear import definite, outcome, plain_cg, singular_matrix, solve_dense, vector
 
-from bilevax import CG, GMRES, MINRES, Chebyshev, Direct, GradientDescent
 from bilevax._linear import solve_linear, verify
+from bilevax.linear import CG, GMRES, MINRES, Chebyshev, Direct, GradientDescent
 
 SOLVERS = [CG(), MINRES(), Direct(), GMRES(), Chebyshev(), GradientDescent()]
 # The spectrum of definite(20, 10.0).

@@ -23,7 +23,7 @@ def test_hypergradient_of_an_overparameterised_problem(rule):
 
 
 def test_a_rule_of_your_own_is_not_exchanged():
-    for rule in (bx.Implicit(bx.CG()), bx.Implicit(error_estimate=True)):
+    for rule in (bx.Implicit(bx.linear.CG()), bx.Implicit(error_estimate=True)):
         estimate, _ = bx.hypergradient(
             ORACLE.problem, ORACLE.x0, ORACLE.theta, rule=rule, throw=False
         )
@@ -120,7 +120,7 @@ def test_a_run_goes_over_in_the_middle():
 
 
 def test_jacobian_of_smallest_norm():
-    rule = bx.Implicit(bx.Direct(minimum_norm=True))
+    rule = bx.Implicit(bx.linear.Direct(minimum_norm=True))
     x = jnp.asarray(ORACLE.x_star)
     found = bx.jacobian(ORACLE.problem, x, ORACLE.theta, rule=rule)
     assert relative_error(found.value, ORACLE.jacobian) < 1e-9

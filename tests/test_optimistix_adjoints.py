@@ -11,7 +11,7 @@ import bilevax as bx
 from bilevax.testing import fixed_point, logistic, quadratic, relative_error, root
 
 RULES = {
-    "Implicit": (bx.Implicit(bx.CG(rtol=1e-12)), 1e-7),
+    "Implicit": (bx.Implicit(bx.linear.CG(rtol=1e-12)), 1e-7),
     "Unrolled": (bx.Unrolled(), 1e-6),
     "Truncated": (bx.Truncated(num_steps=150), 1e-5),
     "ForwardMode": (bx.ForwardMode(), 1e-6),
@@ -198,7 +198,7 @@ def test_unrolled_needs_a_bound_on_the_steps():
 
 
 def test_a_failed_adjoint_solve_is_an_error():
-    rule = bx.Implicit(bx.CG(rtol=1e-12, max_steps=1))
+    rule = bx.Implicit(bx.linear.CG(rtol=1e-12, max_steps=1))
     oracle = quadratic(condition=100.0)
 
     def value(theta):

@@ -78,11 +78,16 @@ def test_a_solver_that_says_successful_is_not_believed():
 
 def test_adjoint_solve_not_converged_and_fixed_number_of_steps():
     estimate = outcome(
-        ORACLE.problem, ORACLE.x0, ORACLE.theta, rule=bx.Implicit(bx.CG(rtol=1e-10, max_steps=2))
+        ORACLE.problem,
+        ORACLE.x0,
+        ORACLE.theta,
+        rule=bx.Implicit(bx.linear.CG(rtol=1e-10, max_steps=2)),
     )
     assert estimate.result == bx.RESULTS.adjoint_not_converged
     assert says(estimate.result, "max_steps", "num_steps")
-    fixed = outcome(ORACLE.problem, ORACLE.x0, ORACLE.theta, rule=bx.Implicit(bx.CG(num_steps=2)))
+    fixed = outcome(
+        ORACLE.problem, ORACLE.x0, ORACLE.theta, rule=bx.Implicit(bx.linear.CG(num_steps=2))
+    )
     assert fixed.result == bx.RESULTS.successful
     assert float(fixed.adjoint_residual) > 1e-6
     assert int(fixed.stats["num_adjoint_steps"]) == 2
@@ -97,7 +102,7 @@ def test_negative_curvature():
     estimate = outcome(problem, jnp.zeros(2), jnp.asarray(1.0), inner_solver=bx.Given())
     assert estimate.result == bx.RESULTS.negative_curvature
     assert says(estimate.result, "not a strict minimum", "Unrolled()", "throw=False")
-    assert says(estimate.result, "bx.Implicit(bx.MINRES(indefinite=True))")
+    assert says(estimate.result, "bx.Implicit(bx.linear.MINRES(indefinite=True))")
 
 
 def test_one_element_of_a_batch_meets_negative_curvature():
@@ -114,11 +119,11 @@ def test_one_element_of_a_batch_meets_negative_curvature():
 
     # x = t / c, so that the derivative is (t / c - 1) / c
     right = (0.5 / curvatures - 1) / curvatures
-    for rule in (bx.Implicit(), bx.Implicit(bx.CG(num_steps=2), inexact=True)):
+    for rule in (bx.Implicit(), bx.Implicit(bx.linear.CG(num_steps=2), inexact=True)):
         grads, is_right = jax.vmap(lambda c, rule=rule: gradient(c, rule))(curvatures)
         assert not is_right[7] and int(jnp.sum(is_right)) == 24
         np.testing.assert_allclose(jnp.where(is_right, grads, 0), jnp.where(is_right, right, 0))
-    saddle = bx.Implicit(bx.MINRES(indefinite=True))
+    saddle = bx.Implicit(bx.linear.MINRES(indefinite=True))
     grads, is_right = jax.vmap(lambda c: gradient(c, saddle))(curvatures)
     assert bool(jnp.all(is_right))
     np.testing.assert_allclose(grads, right)
@@ -128,7 +133,11 @@ def test_singular_and_inconsistent():
     oracle = overparameterised()
     solver = bx.Descent(optax.sgd(0.1), num_steps=20_000)
     estimate = outcome(
-        oracle.problem, oracle.x0, oracle.theta, inner_solver=solver, rule=bx.Implicit(bx.CG())
+        oracle.problem,
+        oracle.x0,
+        oracle.theta,
+        inner_solver=solver,
+        rule=bx.Implicit(bx.linear.CG()),
     )
     assert estimate.result != bx.RESULTS.successful
     assert estimate.result == bx.RESULTS.singular
@@ -190,7 +199,7 @@ def test_precision_floor():
             jnp.zeros(30, dtype),
             jnp.ones(30, dtype),
             inner_solver=bx.NewtonCG(rtol=1e-9, dense=False),
-            rule=bx.Implicit(bx.CG(rtol=1e-9)),
+            rule=bx.Implicit(bx.linear.CG(rtol=1e-9)),
         )
 
     assert run(jnp.float32).result == bx.RESULTS.stalled
@@ -220,7 +229,7 @@ def test_argmin_fails_loudly_forwards_and_backwards_or_gives_nan():
         jax.block_until_ready(x_star(ORACLE.x0, ORACLE.theta))
     quiet = bx.argmin(ORACLE.problem.inner, early, throw=False)
     assert bool(jnp.all(jnp.isnan(quiet(ORACLE.x0, ORACLE.theta))))
-    rule = bx.Implicit(bx.CG(rtol=1e-10, max_steps=1))
+    rule = bx.Implicit(bx.linear.CG(rtol=1e-10, max_steps=1))
 
     def value(theta, throw):
         x_star = bx.argmin(ORACLE.problem.inner, bx.NewtonCG(), rule, throw=throw)

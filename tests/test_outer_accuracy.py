@@ -52,7 +52,10 @@ def test_schedules_reach_the_same_optimum_with_fewer_calls():
         ("cubic", bx.PolynomialTolerance(power=3, floor=1e-6)),
     ):
         method = bx.DoubleLoop(
-            bx.NewtonCG(dense=False), bx.Implicit(bx.CG()), optax.sgd(2.0), tolerances=tolerances
+            bx.NewtonCG(dense=False),
+            bx.Implicit(bx.linear.CG()),
+            optax.sgd(2.0),
+            tolerances=tolerances,
         )
         found[name] = bx.solve(oracle.problem, oracle.x0, oracle.theta, method, num_steps=60)
         assert found[name].stats["num_flagged"] == 0
@@ -117,7 +120,7 @@ def test_maid_needs_no_tuning(build):
                 # arrays: another number compiles nothing
                 method = bx.MAID(
                     bx.NewtonCG(dense=False),
-                    bx.Implicit(bx.CG()),
+                    bx.Implicit(bx.linear.CG()),
                     step_size=jnp.asarray(step_size),
                     tolerance=jnp.asarray(tolerance),
                 )
@@ -133,7 +136,7 @@ def test_maid_needs_no_tuning(build):
 
 def test_maid_gets_more_accurate_as_it_converges():
     oracle = logistic()
-    method = bx.MAID(bx.NewtonCG(dense=False), bx.Implicit(bx.CG()))
+    method = bx.MAID(bx.NewtonCG(dense=False), bx.Implicit(bx.linear.CG()))
     solution = bx.solve(oracle.problem, oracle.x0, oracle.theta, method, num_steps=30)
     history = solution.history
     assert history.error_estimate[-2] < 1e-3 * history.error_estimate[0]
@@ -162,7 +165,7 @@ def test_certified_maid_uses_the_bound():
 def test_maid_flags_what_it_cannot_do():
     # a singular adjoint system: no hypergradient, theta stays, and the run ends with the reason
     oracle = overparameterised()
-    method = bx.MAID(bx.NewtonCG(), bx.Implicit(bx.CG()))
+    method = bx.MAID(bx.NewtonCG(), bx.Implicit(bx.linear.CG()))
     solution = bx.solve(oracle.problem, oracle.x0, oracle.theta, method, num_steps=20)
     assert solution.result != bx.RESULTS.successful
     # trials outside the domain are rejected, and the run goes on

@@ -47,7 +47,7 @@ class Balance(extend.AbstractCondition):
 BALANCE = bx.Bilevel(Balance(lambda x, _: MATRIX @ x, lambda theta: SIDE @ theta), outer)
 RULES = {
     "Implicit": (bx.Implicit(), 1e-9),
-    "GMRES": (bx.Implicit(bx.GMRES(rtol=1e-12)), 1e-9),
+    "GMRES": (bx.Implicit(bx.linear.GMRES(rtol=1e-12)), 1e-9),
     "error estimate": (bx.Implicit(error_estimate=True), 1e-9),
     "MinimumNorm": (bx.MinimumNorm(), 1e-9),
     "KStep": (bx.KStep(400, step_size=0.1), 1e-7),
@@ -77,7 +77,7 @@ def test_a_condition_is_differentiated_solved_and_diagnosed():
     ("rule", "solver", "message"),
     [
         (bx.JacobianFree(), None, "JacobianFree"),
-        (bx.Implicit(bx.CG()), None, "CG needs a symmetric"),
+        (bx.Implicit(bx.linear.CG()), None, "CG needs a symmetric"),
         (bx.Unrolled(), bx.Descent(optax.sgd(0.1), num_steps=3), "Balance"),
         (bx.SAMA(), bx.Descent(optax.sgd(0.1), num_steps=3), "Balance"),
     ],

@@ -79,7 +79,7 @@ def test_an_adjoint_system_in_which_small_variables_hide():
 
     estimate = hypergradient(barrier, outer, x0, theta, weights)
     assert estimate.result == bx.RESULTS.adjoint_not_converged
-    rule = bx.Implicit(bx.CG(), preconditioner=bx.Jacobi())
+    rule = bx.Implicit(bx.linear.CG(), preconditioner=bx.precondition.Jacobi())
     remedied = hypergradient(barrier, outer, x0, theta, weights, rule=rule)
     assert remedied.result == bx.RESULTS.successful
     np.testing.assert_allclose(remedied.grad, -jnp.sum(target) / 2, rtol=1e-6)
@@ -257,9 +257,13 @@ def test_terms_that_cancel_do_not_make_a_row_small():
 
 
 IN_TURN = {
-    "dense": (bx.NewtonCG(dense=True), bx.Implicit(bx.Direct(), error_estimate=True), 1e-10),
+    "dense": (bx.NewtonCG(dense=True), bx.Implicit(bx.linear.Direct(), error_estimate=True), 1e-10),
     # conjugate gradients stop at 1e-6
-    "sketched": (bx.NewtonCG(), bx.Implicit(bx.CG(), preconditioner=bx.Nystrom(rank=60)), 1e-5),
+    "sketched": (
+        bx.NewtonCG(),
+        bx.Implicit(bx.linear.CG(), preconditioner=bx.precondition.Nystrom(rank=60)),
+        1e-5,
+    ),
 }
 
 

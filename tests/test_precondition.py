@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from bilevax import CG, LBFGS, Descent, Minimum, Optimistix
+from bilevax import LBFGS, Descent, Minimum, Optimistix
 from bilevax._precondition import (
     AdamState,
     Jacobi,
@@ -16,6 +16,7 @@ from bilevax._precondition import (
     as_preconditioner,
 )
 from bilevax._precondition._probes import signs, unit_vectors
+from bilevax.linear import CG
 
 DTYPES = (np.float64, np.float32)
 
@@ -60,7 +61,7 @@ def test_what_is_and_is_not_a_preconditioner():
     nystrom = Nystrom(3)
     assert as_preconditioner(nystrom) is nystrom
     for bad in (3, "jacobi", Jacobi):
-        with pytest.raises(TypeError, match="must be bx.Jacobi"):
+        with pytest.raises(TypeError, match="must be bx.precondition.Jacobi"):
             as_preconditioner(bad)
 
 

@@ -26,7 +26,7 @@ def exact_inverse(x, theta):
 
 def rule_with(preconditioner=exact_inverse, num_steps=2, **more):
     # So few steps solve the system only with the right preconditioner.
-    solver = bx.GMRES(max_steps=num_steps)
+    solver = bx.linear.GMRES(max_steps=num_steps)
     return bx.Implicit(solver, preconditioner=preconditioner, **more)
 
 
@@ -101,7 +101,11 @@ def test_derivative_of_the_hypergradient():
     np.testing.assert_allclose(along, jacobian.T @ (jacobian @ d), rtol=1e-8)
 
 
-@pytest.mark.parametrize("preconditioner", [bx.Jacobi(), bx.Nystrom(4)], ids=["Jacobi", "Nystrom"])
+@pytest.mark.parametrize(
+    "preconditioner",
+    [bx.precondition.Jacobi(), bx.precondition.Nystrom(4)],
+    ids=["Jacobi", "Nystrom"],
+)
 def test_symmetric_preconditioners_serve_too(preconditioner):
     problem, _, theta, x, grad = case("root")
     rule = rule_with(preconditioner, num_steps=200)
@@ -191,7 +195,7 @@ def test_our_solver_inside_lineax(kind):
     def solve(b):
         operator = lx.MatrixLinearOperator(matrix)
         return lx.linear_solve(
-            operator, b, bx.GMRES(max_steps=2), options={**options, "y0": jnp.ones(SIZE)}
+            operator, b, bx.linear.GMRES(max_steps=2), options={**options, "y0": jnp.ones(SIZE)}
         ).value
 
     value, back = jax.jit(lambda b: (solve(b), jax.grad(lambda b: jnp.sum(solve(b) ** 2))(b)))(b)
@@ -201,7 +205,7 @@ def test_our_solver_inside_lineax(kind):
 
 def test_conjugates():
     inverse = jnp.asarray(np.linalg.inv(M) + 1j)
-    solver = bx.GMRES()
+    solver = bx.linear.GMRES()
     r = jnp.asarray(np.arange(SIZE) + 2j)
     state = solver.init(lx.MatrixLinearOperator(jnp.asarray(M)), {})
     for given_options in (

@@ -109,8 +109,11 @@ AS_WRITTEN = [
     (bx.DoubleLoop(), "bx.DoubleLoop()"),
     (bx.DoubleLoop(optimizer=optax.adam(0.1)), "bx.DoubleLoop()"),
     (
-        bx.DoubleLoop(bx.LBFGS(rtol=1e-5), bx.Implicit(bx.CG(rtol=1e-3)), start="cold"),
-        "bx.DoubleLoop(bx.LBFGS(1e-05), hypergradient=bx.Implicit(bx.CG(0.001)), start='cold')",
+        bx.DoubleLoop(bx.LBFGS(0.1), bx.Implicit(bx.linear.CG(rtol=1e-3)), start="cold"),
+        (
+            "bx.DoubleLoop(bx.LBFGS(0.1), "
+            "hypergradient=bx.Implicit(bx.linear.CG(0.001)), start='cold')"
+        ),
     ),
     (
         bx.DoubleLoop(optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.5))),
@@ -122,7 +125,10 @@ AS_WRITTEN = [
     ),
     (bx.KStep(3, step_size=jnp.array(0.25)), "bx.KStep(3, step_size=0.25)"),
     (bx.Descent(optax.sgd(0.1), 20), "bx.Descent(scale(-0.1), num_steps=20)"),
-    (bx.Implicit(preconditioner=bx.Jacobi()), "bx.Implicit(preconditioner=bx.Jacobi())"),
+    (
+        bx.Implicit(preconditioner=bx.precondition.Jacobi()),
+        "bx.Implicit(preconditioner=bx.precondition.Jacobi())",
+    ),
     (PROBLEM, "bx.Bilevel(bx.Minimum(inner), outer=outer)"),
     (bx.Minimum(inner, data=jnp.ones((2, 3))), "bx.Minimum(inner, data="),
     (bx.Given(), "bx.Given()"),

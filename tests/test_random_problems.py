@@ -63,7 +63,7 @@ def test_the_bound_holds_and_the_estimate_is_close(size):
         data, theta = draw(seed, size, log_condition, nonlinearity)
         _, grad = exact(data, theta)
         solver = bx.NewtonCG(rtol=jnp.asarray(10.0**log_inner))
-        rule = bx.Implicit(bx.CG(rtol=jnp.asarray(10.0**log_linear)), error_estimate=True)
+        rule = bx.Implicit(bx.linear.CG(rtol=jnp.asarray(10.0**log_linear)), error_estimate=True)
         estimate = solve(problem(data), np.zeros(size), theta, solver, rule)
         error = distance(estimate.grad, grad)
         assert error <= estimate.error_bound
@@ -121,7 +121,7 @@ OUTCOMES = (
 DEGENERATE_SIZES = (2, 5, 20, 60, 150)
 RULES = {
     "default": None,
-    "CG": bx.Implicit(bx.CG()),
+    "CG": bx.Implicit(bx.linear.CG()),
     "MinimumNorm": bx.MinimumNorm(),
     "by adjoint": bx.MinimumNorm(max_tangents=1),
 }

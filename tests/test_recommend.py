@@ -90,7 +90,7 @@ def test_a_saddle_point_is_not_passed_in_silence():
 def test_the_accuracy_asked_for_decides_the_linear_solve():
     problem = bx.Bilevel(inner, outer)
     x0, theta = jnp.zeros(60), jnp.linspace(-5.0, 5.0, 60)
-    exact = bx.hypergradient(problem, x0, theta, rule=bx.Implicit(bx.CG(rtol=1e-12)))[0].grad
+    exact = bx.hypergradient(problem, x0, theta, rule=bx.Implicit(bx.linear.CG(rtol=1e-12)))[0].grad
     products = []
     for rtol in (1e-1, 1e-5):
         advice = bx.recommend(problem, x0, theta, rtol=rtol)

@@ -8,10 +8,11 @@ import lineax as lx
 import numpy as np
 import pytest
 
-from bilevax import CG, GMRES, RESULTS
+from bilevax import RESULTS
 from bilevax._linear import verify
 from bilevax._linear._recycled import Recycled
 from bilevax._linear._subspace import smallest_ritz
+from bilevax.linear import CG, GMRES
 
 # Eight eigenvalues far below the others: what deflation is for.
 FEW_SMALL = np.concatenate([np.linspace(1.0, 0.1, 92), np.logspace(-2, -5, 8)])
@@ -205,7 +206,7 @@ def test_smallest_ritz_of_a_dependent_basis():
 
 
 def test_arguments():
-    with pytest.raises(TypeError, match=r"must be bx.CG"):
+    with pytest.raises(TypeError, match=r"must be bx.linear.CG"):
         Recycled(GMRES())
     with pytest.raises(ValueError, match="rank"):
         Recycled(rank=0)

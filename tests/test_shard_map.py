@@ -62,8 +62,8 @@ DESCENT = 'bx.Descent(optax.sgd(0.4), num_steps=80), bx.Unrolled(checkpoints="al
 CHECKS = {
     "every device a problem": """
 for options in (
-    (), (bx.LBFGS(rtol=1e-9), bx.Implicit(bx.CG(rtol=1e-10))), (DESCENT),
-    (optx.BFGS(1e-8, 1e-8), bx.Implicit(bx.MINRES(rtol=1e-9))),
+    (), (bx.LBFGS(rtol=1e-9), bx.Implicit(bx.linear.CG(rtol=1e-10))), (DESCENT),
+    (optx.BFGS(1e-8, 1e-8), bx.Implicit(bx.linear.MINRES(rtol=1e-9))),
 ):
     close(sharded(lambda t, th: through_argmin(bx.Minimum(inner, t[0]), th[0], *options)[None],
                   TARGETS, THETAS), EACH)

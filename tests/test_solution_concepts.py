@@ -115,7 +115,10 @@ def test_no_step_is_flagged_where_the_minimum_is_unique(build, rtol):
     results = {}
     for start in ("predicted", "warm"):
         method = bx.DoubleLoop(
-            bx.NewtonCG(rtol=rtol), bx.Implicit(bx.CG(rtol=rtol)), optax.adam(0.1), start=start
+            bx.NewtonCG(rtol=rtol),
+            bx.Implicit(bx.linear.CG(rtol=rtol)),
+            optax.adam(0.1),
+            start=start,
         )
         results[start] = bx.solve(oracle.problem, oracle.x0, oracle.theta, method, num_steps=30)
         assert results[start].stats["num_flagged"] == 0

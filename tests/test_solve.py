@@ -35,7 +35,9 @@ def game():
     ids=lambda o: type(o).__name__,
 )
 def test_outer_optimisers_reach_the_solution(game, optimizer):
-    method = bx.DoubleLoop(bx.NewtonCG(rtol=1e-11), bx.Implicit(bx.CG(rtol=1e-11)), optimizer)
+    method = bx.DoubleLoop(
+        bx.NewtonCG(rtol=1e-11), bx.Implicit(bx.linear.CG(rtol=1e-11)), optimizer
+    )
     solution = bx.solve(game.problem, game.x0, game.theta, method, num_steps=300)
     assert solution.result == bx.RESULTS.successful
     assert relative_error(solution.theta, game.theta_star) < 1e-6
@@ -196,7 +198,7 @@ def test_warm_starts_save_work_and_can_be_switched_off():
     for inner, adjoint in ((True, True), (False, True), (True, False), (False, False)):
         method = bx.DoubleLoop(
             bx.NewtonCG(rtol=1e-3, dense=False),
-            bx.Implicit(bx.CG(rtol=1e-3)),
+            bx.Implicit(bx.linear.CG(rtol=1e-3)),
             optax.adam(0.05),
             start="warm" if inner else "cold",
             warm_start_adjoint=adjoint,

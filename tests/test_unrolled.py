@@ -109,7 +109,7 @@ def test_truncated_at_a_solution_is_the_neumann_series():
         x_star,
         oracle.theta,
         inner_solver=bx.Given(),
-        rule=bx.Implicit(bx.Neumann(num_terms=num_terms, step_size=step)),
+        rule=bx.Implicit(bx.linear.Neumann(num_terms=num_terms, step_size=step)),
     )
     assert relative_error(truncated.grad, neumann.grad) < 1e-12
     assert relative_error(truncated.grad, oracle.hypergradient) > 1e-4

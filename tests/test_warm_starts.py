@@ -36,7 +36,7 @@ def test_fifty_adam_steps_take_fewer_products(rtol, gain):
     def run(is_warm):
         method = bx.DoubleLoop(
             bx.NewtonCG(rtol=rtol),
-            bx.Implicit(bx.CG(rtol=rtol)),
+            bx.Implicit(bx.linear.CG(rtol=rtol)),
             optax.adam(0.1),
             start="warm" if is_warm else "cold",
             warm_start_adjoint=is_warm,

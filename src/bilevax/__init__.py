@@ -1,8 +1,11 @@
 """bilevax: bilevel optimization in JAX.
 
 `theta* = argmin L(x*(theta), theta)` where `x*(theta) = argmin_x U(x, theta)`. Names below
-stand in the order of the data: problem, inner, linear, hypergradient, outer, solve, report.
+stand in the order of the data: problem, inner, hypergradient, outer, diagnosis, solve, report.
+Linear solvers are in `bilevax.linear`, preconditioners in `bilevax.precondition`.
 """
+
+from warnings import warn as _warn
 
 from ._problem import (
     Bilevel as Bilevel,
@@ -17,22 +20,6 @@ from ._inner._descent import Descent as Descent
 from ._inner._batches import Minibatches as Minibatches
 from ._inner._optimistix import Optimistix as Optimistix
 from ._inner._external import External as External, Given as Given, Traceable as Traceable
-from ._linear import (
-    CG as CG,
-    MINRES as MINRES,
-    Direct as Direct,
-    GMRES as GMRES,
-    Chebyshev as Chebyshev,
-    GradientDescent as GradientDescent,
-    Neumann as Neumann,
-    Recycled as Recycled,
-)
-from ._precondition import (
-    AdamState as AdamState,
-    Jacobi as Jacobi,
-    Nystrom as Nystrom,
-    QuasiNewton as QuasiNewton,
-)
 from ._hypergradient.implicit._implicit import Implicit as Implicit
 from ._hypergradient.implicit._minimum_norm import MinimumNorm as MinimumNorm
 from ._loop._budget import MemoryBudget as MemoryBudget
@@ -48,7 +35,7 @@ from ._hypergradient.evolution._persistent import PersistentES as PersistentES
 from ._hypergradient._base import Estimate as Estimate
 from ._hypergradient._entry import argmin as argmin, hypergradient as hypergradient
 from ._hypergradient._several import hypergradients as hypergradients
-from ._hypergradient._jacobian import Jacobian as Jacobian, jacobian as jacobian
+from ._hypergradient._jacobian import jacobian as jacobian
 from ._outer._double_loop import DoubleLoop as DoubleLoop
 from ._outer._maid import MAID as MAID
 from ._outer._single_loop import SingleLoop as SingleLoop
@@ -58,15 +45,8 @@ from ._outer._tolerances import (
     ExponentialTolerance as ExponentialTolerance,
     PolynomialTolerance as PolynomialTolerance,
 )
-from ._diagnose.check._record import Check as Check, Comparison as Comparison
 from ._diagnose.check._check import check as check
-from ._diagnose.compare._record import (
-    ErrorCurve as ErrorCurve,
-    MeasuredRule as MeasuredRule,
-    RuleComparison as RuleComparison,
-)
 from ._diagnose.compare._compare import compare as compare
-from ._diagnose.recommend._record import Recommendation as Recommendation
 from ._diagnose.recommend._recommend import recommend as recommend
 from ._solve import solve as solve
 from ._report._progress import Progress as Progress
@@ -74,12 +54,20 @@ from ._report._history import History as History
 from ._report._solution import Solution as Solution
 from ._results import RESULTS as RESULTS, SolveError as SolveError
 
+from . import linear as linear, precondition as precondition, records as records
 from ._habits import explain_keywords as _explain_keywords, explain_name as _explain_name
 
-_explain_keywords(globals(), __name__)
+_explain_keywords(globals(), "bx.")
+_explain_keywords(vars(linear), "bx.linear.")
+_explain_keywords(vars(precondition), "bx.precondition.")
 
 
 def __getattr__(name: str) -> object:
+    homes = {"linear": linear, "precondition": precondition, "records": records}
+    for home, module in homes.items():
+        if name in vars(module) and not name.startswith("_"):
+            _warn(f"bx.{name} is bx.{home}.{name}.", DeprecationWarning, stacklevel=2)
+            return getattr(module, name)
     raise AttributeError(
-        _explain_name(name, [public for public in globals() if not public.startswith("_")])
+        _explain_name(name, globals(), {home: vars(module) for home, module in homes.items()})
     )

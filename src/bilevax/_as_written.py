@@ -44,8 +44,13 @@ def as_written(choice: Any) -> str:
         if not is_ours and inspect.isfunction(getattr(choice, name, None)):
             continue  # others make functions of what they were given
         parts.append(text if k == 0 else f"{name}={text}")
-    prefix = "bx." if is_ours else ""
+    prefix = _prefix(type(choice)) if is_ours else ""
     return f"{prefix}{type(choice).__name__}({', '.join(parts)})"
+
+
+def _prefix(cls: type) -> str:
+    package = cls.__module__.split(".")[1]
+    return f"bx.{package[1:]}." if package in ("_linear", "_precondition") else "bx."
 
 
 def shown(value: Any) -> str:

@@ -57,28 +57,31 @@ _FOREIGN_NAMES = {
 }
 
 
-def explain_name(name: str, public: list[str]) -> str:
-    """What to say where a module has no attribute `name`."""
+def explain_name(name: str, top: dict[str, Any], homes: dict[str, dict[str, Any]]) -> str:
+    """What to say where the package has no attribute `name`, which one of its `homes` may have."""
     said = f"module 'bilevax' has no attribute {name!r}."
     if name in _FOREIGN_NAMES:
         return f"{said} Here it is {_FOREIGN_NAMES[name]}."
-    near = difflib.get_close_matches(name, public, n=1) or difflib.get_close_matches(
-        name.lower(), [other.lower() for other in public], n=1
-    )
-    near = [other for other in public if near and other.lower() == near[0].lower()]
-    return f"{said} Did you mean bx.{near[0]}?" if near else said
+    places = {other: f"bx.{other}" for other in top if not other.startswith("_")}
+    for home, names in homes.items():
+        places |= {other: f"bx.{home}.{other}" for other in names if not other.startswith("_")}
+    lower = {other.lower(): place for other, place in places.items()}
+    near = difflib.get_close_matches(name, places, n=1)
+    near = [places[near[0]]] if near else []
+    near = near or [lower[n] for n in difflib.get_close_matches(name.lower(), lower, n=1)]
+    return f"{said} Did you mean {near[0]}?" if near else said
 
 
-def explain_keywords(namespace: dict[str, Any], package: str) -> None:
+def explain_keywords(namespace: Any, prefix: str) -> None:
     """Let the public functions and classes name their own word for an unknown keyword."""
     for name, value in list(namespace.items()):
-        is_ours = getattr(value, "__module__", "").startswith(package)
+        is_ours = getattr(value, "__module__", "").startswith("bilevax")
         if name.startswith("_") or not is_ours:
             continue
         if isinstance(value, FunctionType):
-            namespace[name] = _explaining(value, f"bx.{name}")
+            namespace[name] = _explaining(value, f"{prefix}{name}")
         elif isinstance(value, type) and isinstance(vars(value).get("__init__"), FunctionType):
-            value.__init__ = _explaining(value.__init__, f"bx.{name}")
+            value.__init__ = _explaining(value.__init__, f"{prefix}{name}")
 
 
 def _explaining(fn: Callable, name: str) -> Callable:

@@ -63,16 +63,16 @@ class RESULTS(eqx.Module, metaclass=_Outcomes):
     )
     adjoint_not_converged = _Outcome(
         "The adjoint system was not solved to its tolerance, or not for the variables of "
-        "smaller scale. Raise max_steps of the linear solver, precondition it (bx.Jacobi() "
-        "where variables differ in scale), loosen its rtol, or ask for a fixed number of "
-        "steps (num_steps=...), whose residual is then reported and not flagged."
+        "smaller scale. Raise max_steps of the linear solver, precondition it "
+        "(bx.precondition.Jacobi() where variables differ in scale), loosen its rtol, or ask for "
+        "a fixed number of steps (num_steps=...), whose residual is then reported and not flagged."
     )
     negative_curvature = _Outcome(
         "Negative curvature was met: the Hessian of the inner objective is not positive "
         "definite at x, so x is not a strict minimum. If another point is meant, solve the "
         "inner problem better (more steps, another start, bx.NewtonCG(), which leaves saddles) "
         "or regularise it. If this stationary point is meant, a saddle, use "
-        "rule=bx.Implicit(bx.MINRES(indefinite=True)). Unrolled() does not need a minimum. In a "
+        "rule=bx.Implicit(bx.linear.MINRES(indefinite=True)). Unrolled() needs no minimum. In a "
         "batch of problems pass throw=False, and leave out those whose estimate.result is not "
         "bx.RESULTS.successful."
     )

@@ -98,7 +98,7 @@ def clean(digits: Digits, num_steps: int = 60) -> Cleaning:
         optax.normalize_by_update_norm(scale_factor=len(digits.train) ** 0.5), optax.sgd(1.0)
     )
     # The outer step needs a direction, not digits.
-    method = bx.DoubleLoop(bx.NewtonCG(rtol=1e-3), bx.Implicit(bx.CG(rtol=1e-1)), optimizer)
+    method = bx.DoubleLoop(bx.NewtonCG(rtol=1e-3), bx.Implicit(bx.linear.CG(rtol=1e-1)), optimizer)
     solution = bx.solve(
         cleaning_problem(digits), x0, theta0, method, num_steps=num_steps, callback=stop_early
     )

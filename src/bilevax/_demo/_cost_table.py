@@ -49,7 +49,11 @@ def measure_costs(
     `theta_before`, one outer step away.
     """
     exact, _ = bx.hypergradient(
-        problem, x0, theta, inner_solver=bx.NewtonCG(rtol=1e-11), rule=bx.Implicit(bx.CG(1e-11))
+        problem,
+        x0,
+        theta,
+        inner_solver=bx.NewtonCG(rtol=1e-11),
+        rule=bx.Implicit(bx.linear.CG(1e-11)),
     )
     step_size = 1.0 / float(largest_eigenvalue(problem, exact.x, theta))
     cases = rules(step_size, num_steps)
@@ -86,7 +90,7 @@ def rules(step_size: float, num_steps: int) -> list[tuple[str, Any, Any]]:
     """
     k, last = num_steps, min(NUM_TRUNCATED, num_steps // 2)
     descent = bx.Descent(optax.sgd(step_size), num_steps=k)
-    descent_adjoint = bx.GradientDescent(step_size, num_steps=k)
+    descent_adjoint = bx.linear.GradientDescent(step_size, num_steps=k)
     return [
         (f"unrolled, {k} steps, all kept", descent, bx.Unrolled(checkpoints="all")),
         (f"unrolled, {k} steps", descent, bx.Unrolled()),
@@ -96,15 +100,15 @@ def rules(step_size: float, num_steps: int) -> list[tuple[str, Any, Any]]:
         (
             f"implicit, {k} steps + CG {last}",
             descent,
-            bx.Implicit(bx.CG(num_steps=last), inexact=True),
+            bx.Implicit(bx.linear.CG(num_steps=last), inexact=True),
         ),
         (
             "implicit, Newton-CG + descent, 1e-2",
             bx.NewtonCG(1e-3),
-            bx.Implicit(bx.GradientDescent(step_size, 1e-2)),
+            bx.Implicit(bx.linear.GradientDescent(step_size, 1e-2)),
         ),
-        ("implicit, Newton-CG + CG, 1e-2", bx.NewtonCG(1e-3), bx.Implicit(bx.CG(1e-2))),
-        ("implicit, Newton-CG + CG, 1e-6", bx.NewtonCG(1e-7), bx.Implicit(bx.CG(1e-6))),
+        ("implicit, Newton-CG + CG, 1e-2", bx.NewtonCG(1e-3), bx.Implicit(bx.linear.CG(1e-2))),
+        ("implicit, Newton-CG + CG, 1e-6", bx.NewtonCG(1e-7), bx.Implicit(bx.linear.CG(1e-6))),
     ]
 
 

@@ -138,7 +138,7 @@ def _best_single(
 
 
 _SOLVER = bx.NewtonCG(rtol=1e-4)
-_RULE = bx.Implicit(bx.CG(rtol=1e-2))
+_RULE = bx.Implicit(bx.linear.CG(rtol=1e-2))
 _METHOD = bx.DoubleLoop(_SOLVER, _RULE, optax.adam(0.1))
 
 

@@ -52,7 +52,7 @@ def hypergradients(
     - `problem`: a `Bilevel` whose `outer` returns a vector.
     - `x0`, `theta`, `inner_solver`, `throw`: as in `bx.hypergradient`.
     - `rule`: a `bx.Implicit` with the linear solver to use; with many objectives and few
-        inner variables `bx.Implicit(bx.Direct())` factorises once for all. Its evidence
+        inner variables `bx.Implicit(bx.linear.Direct())` factorises once for all. Its evidence
         options are not available here.
 
     **Returns:** an `Estimate` in which `value`, `grad`, `v`, `adjoint_residual` and

@@ -69,9 +69,9 @@ class CG(AbstractIterativeLinearSolver):
 
         A = jnp.array([[3.0, 1.0], [1.0, 2.0]])
         b = jnp.array([1.0, 0.0])
-        solution = bx.CG(rtol=1e-5).solve(lambda v: A @ v, b)
+        solution = bx.linear.CG(rtol=1e-5).solve(lambda v: A @ v, b)
         print(solution.value, solution.residual, bx.RESULTS[solution.result])
-        lx.linear_solve(lx.MatrixLinearOperator(A), b, solver=bx.CG())
+        lx.linear_solve(lx.MatrixLinearOperator(A), b, solver=bx.linear.CG())
         ```
 
     Reference: Hestenes and Stiefel, "Methods of conjugate gradients for solving linear

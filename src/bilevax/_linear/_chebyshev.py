@@ -69,7 +69,7 @@ class Chebyshev(AbstractIterativeLinearSolver):
 
         A = jnp.array([[3.0, 1.0], [1.0, 2.0]])
         b = jnp.array([1.0, 0.0])
-        solution = bx.Chebyshev(bounds=(1.0, 4.0), num_steps=20).solve(lambda v: A @ v, b)
+        solution = bx.linear.Chebyshev(bounds=(1.0, 4.0), num_steps=20).solve(lambda v: A @ v, b)
         ```
 
     Reference: Golub and Varga, "Chebyshev semi-iterative methods, successive

@@ -72,7 +72,7 @@ class Direct(AbstractIterativeLinearSolver):
 
         A = jnp.array([[1.0, 1.0], [1.0, 1.0]])
         b = jnp.array([1.0, 0.0])
-        solution = bx.Direct(minimum_norm=True).solve(lambda v: A @ v, b)
+        solution = bx.linear.Direct(minimum_norm=True).solve(lambda v: A @ v, b)
         ```
 
     Reference: Golub and Van Loan, "Matrix computations" (2013), sections 5.5.1 and 8.3.

@@ -55,7 +55,7 @@ class GMRES(AbstractIterativeLinearSolver):
 
         A = jnp.array([[3.0, 1.0], [-1.0, 2.0]])
         b = jnp.array([1.0, 0.0])
-        solution = bx.GMRES(rtol=1e-5).solve(lambda v: A @ v, b)
+        solution = bx.linear.GMRES(rtol=1e-5).solve(lambda v: A @ v, b)
         ```
 
     Reference: Saad and Schultz, "GMRES: a generalized minimal residual algorithm", SIAM

@@ -60,7 +60,7 @@ class GradientDescent(AbstractIterativeLinearSolver):
 
         A = jnp.array([[3.0, 1.0], [1.0, 2.0]])
         b = jnp.array([1.0, 0.0])
-        solution = bx.GradientDescent(num_steps=100).solve(lambda v: A @ v, b)
+        solution = bx.linear.GradientDescent(num_steps=100).solve(lambda v: A @ v, b)
         ```
 
     Reference: Nesterov, "Lectures on convex optimization" (2018), theorem 2.1.15.

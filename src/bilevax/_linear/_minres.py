@@ -67,7 +67,7 @@ class MINRES(AbstractIterativeLinearSolver):
 
         A = jnp.array([[1.0, 1.0], [1.0, 1.0]])
         b = jnp.array([1.0, 0.0])
-        solution = bx.MINRES(minimum_norm=True).solve(lambda v: A @ v, b)
+        solution = bx.linear.MINRES(minimum_norm=True).solve(lambda v: A @ v, b)
         ```
 
     Reference: Paige and Saunders, "Solution of sparse indefinite systems of linear

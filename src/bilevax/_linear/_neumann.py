@@ -52,7 +52,7 @@ class Neumann(AbstractIterativeLinearSolver):
 
         A = jnp.array([[3.0, 1.0], [1.0, 2.0]])
         b = jnp.array([1.0, 0.0])
-        solution = bx.Neumann(num_terms=20).solve(lambda v: A @ v, b)
+        solution = bx.linear.Neumann(num_terms=20).solve(lambda v: A @ v, b)
         ```
 
     Reference: Lorraine, Vicol and Duvenaud, "Optimizing millions of hyperparameters by

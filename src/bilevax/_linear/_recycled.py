@@ -48,7 +48,7 @@ class Recycled(AbstractIterativeLinearSolver):
 
     **Arguments:**
 
-    - `solver`: `bx.CG(...)`, whose tolerances, limits and outcomes hold.
+    - `solver`: `bx.linear.CG(...)`, whose tolerances, limits and outcomes hold.
     - `rank`: the number of vectors kept.
 
     **Returns** (from `resume`): a `LinearSolution` and the next state. `solve`, which has
@@ -70,7 +70,7 @@ class Recycled(AbstractIterativeLinearSolver):
 
         A = jnp.diag(jnp.linspace(1.0, 100.0, 50).at[0].set(1e-3))
         b = jnp.ones(50)
-        solver = bx.Recycled(bx.CG(rtol=1e-4), rank=3)
+        solver = bx.linear.Recycled(bx.linear.CG(rtol=1e-4), rank=3)
         state = solver.start(b)
         for _ in range(3):
             solution, state = solver.resume(lambda v: A @ v, b, None, None, state)
@@ -90,7 +90,7 @@ class Recycled(AbstractIterativeLinearSolver):
     def __init__(self, solver: lx.AbstractLinearSolver | None = None, rank: int = 10) -> None:
         solver = CG() if solver is None else solver
         if not isinstance(solver, CG):
-            raise TypeError(f"Recycled(solver=...) must be bx.CG(...); got {solver!r}.")
+            raise TypeError(f"Recycled(solver=...) must be bx.linear.CG(...); got {solver!r}.")
         check_count("Recycled", required=True, rank=rank)
         self.solver = solver
         self.rank = rank

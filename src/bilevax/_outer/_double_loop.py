@@ -80,7 +80,7 @@ class DoubleLoop(AbstractMethod):
 
         method = bx.DoubleLoop(
             inner_solver=bx.LBFGS(rtol=1e-5),
-            hypergradient=bx.Implicit(bx.CG(rtol=1e-3)),
+            hypergradient=bx.Implicit(bx.linear.CG(rtol=1e-3)),
             optimizer=optax.adam(0.05),
         )
         ```

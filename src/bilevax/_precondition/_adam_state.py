@@ -37,7 +37,7 @@ class AdamState(AbstractPreconditioner):
         import bilevax as bx, optax
 
         inner_solver = bx.Descent(optax.adam(1e-2), num_steps=1_000)
-        rule = bx.Implicit(bx.CG(), preconditioner=bx.AdamState(), inexact=True)
+        rule = bx.Implicit(bx.linear.CG(), preconditioner=bx.precondition.AdamState(), inexact=True)
         ```
 
     Reference: Kingma and Ba, "Adam: a method for stochastic optimization", ICLR 2015,

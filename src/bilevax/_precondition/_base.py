@@ -78,9 +78,8 @@ def as_preconditioner(preconditioner: Any) -> AbstractPreconditioner | None:
     if isinstance(preconditioner, type) or not callable(preconditioner):
         name = getattr(preconditioner, "__name__", type(preconditioner).__name__)
         raise TypeError(
-            "`preconditioner` must be bx.Jacobi(), bx.Nystrom(...), bx.QuasiNewton(), "
-            "bx.AdamState() or a function (x, theta) that returns a function r -> z; got "
-            f"{name}."
+            "`preconditioner` must be one of bx.precondition, such as bx.precondition.Jacobi(), or "
+            f"a function (x, theta) that returns a function r -> z; got {name}."
         )
     return FromFunction(preconditioner)
 

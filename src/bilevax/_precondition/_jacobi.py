@@ -42,7 +42,7 @@ class Jacobi(AbstractPreconditioner):
         ```python
         import bilevax as bx
 
-        rule = bx.Implicit(bx.CG(), preconditioner=bx.Jacobi())
+        rule = bx.Implicit(bx.linear.CG(), preconditioner=bx.precondition.Jacobi())
         ```
 
     Reference: Bekas, Kokiopoulou, Saad, "An estimator for the diagonal of a matrix", Appl.

@@ -50,7 +50,7 @@ class Nystrom(AbstractPreconditioner):
         ```python
         import bilevax as bx
 
-        rule = bx.Implicit(bx.CG(), preconditioner=bx.Nystrom(rank=50))
+        rule = bx.Implicit(bx.linear.CG(), preconditioner=bx.precondition.Nystrom(rank=50))
         ```
 
     Reference: Frangella, Tropp, Udell, "Randomized Nystrom preconditioning", SIAM J. Matrix

@@ -35,7 +35,7 @@ class QuasiNewton(AbstractPreconditioner):
         import bilevax as bx
 
         inner_solver = bx.LBFGS(rtol=1e-6, history_length=30)
-        rule = bx.Implicit(bx.CG(), preconditioner=bx.QuasiNewton())
+        rule = bx.Implicit(bx.linear.CG(), preconditioner=bx.precondition.QuasiNewton())
         ```
 
     Reference: Ramzi, Mannel, Bai, Starck, Ciuciu, Moreau, "SHINE: SHaring the INverse

@@ -12,20 +12,20 @@ from ..._problem import Bilevel
 from ..._tree import tree_all_finite, tree_axpy, tree_dot, tree_norm, tree_sub
 from ..measure._differences import precision, random_direction, relative, slope, unit
 from ..measure._measurements import Solved, solve_again
-from ._record import Comparison
+from ._record import DirectionalDerivative
 
 
 class Agreement(NamedTuple):
     """The comparisons, and what the inner solves on the way had to say."""
 
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[DirectionalDerivative, ...]
     resolved_residual: float
     jumps: bool
     has_kink: bool
 
 
 class _Along(NamedTuple):
-    comparison: Comparison
+    comparison: DirectionalDerivative
     resolved_residual: float
     jumps: bool
     has_kink: bool
@@ -106,7 +106,7 @@ def _compare(
     small, large = (max(moves[s], moves[-s]) for s in (found.step, found.previous_step))
     threshold = 1e-2 * float(tree_norm(base.x)) + 1e-6
     return _Along(
-        Comparison(
+        DirectionalDerivative(
             direction=name,
             hypergradient=predicted,
             difference=found.value,

@@ -149,7 +149,7 @@ def _loose(c: Check) -> str:
     return (
         f"The adjoint system is solved too loosely: a relative residual of "
         f"{c.adjoint_residual:.1e} at a condition number of {c.condition:.1e} allows this error. "
-        "Tighten the linear solver, bx.Implicit(bx.CG(rtol=...)), or precondition it."
+        "Tighten the linear solver, bx.Implicit(bx.linear.CG(rtol=...)), or precondition it."
     )
 
 

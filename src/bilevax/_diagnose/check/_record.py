@@ -12,7 +12,7 @@ Number = float | int | bool | str
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class DirectionalDerivative:
     """The derivative of `L(x*(theta), theta)` along one direction, by two ways.
 
     `hypergradient` and `difference` are the two; `uncertainty` is what the central
@@ -60,7 +60,8 @@ class Check:
     - `value`, `hypergradient_norm`, `direct_norm` (`||d_theta L||`), `adjoint_residual`,
         `outcome` (the name of the result): of the hypergradient at the polished x. Rules
         without an adjoint have no residual of it: `None`.
-    - `comparisons`: one `Comparison` for each direction; `disagreement` is the largest gap.
+    - `comparisons`: one `DirectionalDerivative` for each direction; `disagreement` is the
+        largest gap.
     - `moved`: how far polishing moved x; `error_at_x`: the relative difference of the
         hypergradients at x as it was given and at the polished x.
     - `resolved_residual`: the largest relative inner residual where it was solved again.
@@ -101,7 +102,7 @@ class Check:
     direct_norm: float
     adjoint_residual: float | None
     outcome: str
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[DirectionalDerivative, ...]
     disagreement: float
     moved: float
     error_at_x: float

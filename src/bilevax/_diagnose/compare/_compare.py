@@ -13,7 +13,7 @@ from ..._reach._traced import refuse_traced
 from ..._tree import tree_dtype, tree_norm, tree_size
 from ..measure._prospect import look_at_inner
 from ..recommend._steps_choice import depends_on_path
-from ._record import RuleComparison
+from ._record import Comparison
 from ._reference import find_reference
 from ._rows import measure_curve, measure_rules
 from ._rules import default_rules, find_setting, named_rules
@@ -30,7 +30,7 @@ def compare(
     num_steps: int | None = None,
     num_rounds: int = 7,
     verbose: bool = True,
-) -> RuleComparison:
+) -> Comparison:
     """Rules side by side on your problem: error, time, memory, oracle calls.
 
     And the question behind them, approximate the solution or approximate the gradient? After
@@ -57,7 +57,7 @@ def compare(
     - `num_rounds`: how often everything is timed, in turn.
     - `verbose`: print the table.
 
-    **Returns:** a `RuleComparison`: `rows`, `curve`, `plot()`, `to_records()` for a data
+    **Returns:** a `Comparison`: `rows`, `curve`, `plot()`, `to_records()` for a data
     frame. A rule that cannot be used has a line that says why.
 
     **Cost:** the compilation of every rule and of three programs more, a few seconds each;
@@ -113,7 +113,7 @@ def _compare(
     inner_solver: Any,
     num_steps: int | None,
     num_rounds: int,
-) -> RuleComparison:
+) -> Comparison:
     """Everything, after the door."""
     setting = find_setting(problem, x0, theta, inner_solver, num_steps)
     path = ""
@@ -127,7 +127,7 @@ def _compare(
         rules = default_rules(setting, theta, reference)
     rows = measure_rules(problem, setting, x0, theta, rules, reference, num_rounds)
     notes = [*setting.notes, *([reference.note] if reference.note else [])]
-    return RuleComparison(
+    return Comparison(
         rows=rows,
         curve=measure_curve(problem, setting, x0, theta, reference, num_steps),
         reference=reference.name,

@@ -1,4 +1,4 @@
-"""The picture of a `RuleComparison`."""
+"""The picture of a `Comparison`."""
 
 from typing import Any
 

@@ -62,7 +62,7 @@ class ErrorCurve:
 
 
 @dataclasses.dataclass(frozen=True)
-class RuleComparison:
+class Comparison:
     """Rules side by side on one problem; made by `bx.compare`. `print` it.
 
     **Attributes:**
@@ -113,7 +113,7 @@ class RuleComparison:
 _HEADER = ("rule", "error", "forward", "backward", "memory", "grad", "Hess", "cross", "outcome")
 
 
-def as_table(found: RuleComparison) -> str:
+def as_table(found: Comparison) -> str:
     """A title, the reference, one line for each rule, the notes."""
     title = (
         f"bx.compare: {found.kind} of {found.size_x} inner and {found.size_theta} outer variables, "
@@ -152,5 +152,5 @@ def _cells(row: MeasuredRule) -> list[str]:
     ]
 
 
-def _e(found: RuleComparison) -> str:
+def _e(found: Comparison) -> str:
     return f"{found.reference_error:.0e}"

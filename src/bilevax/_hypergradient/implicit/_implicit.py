@@ -61,16 +61,14 @@ class Implicit(AbstractAtSolution):
 
     **Arguments:**
 
-    - `linear_solver`: how the adjoint system is solved: `bx.CG()`, `bx.MINRES()`,
-        `bx.Recycled(...)`, ... or any Lineax solver. By default `bx.Direct()` for minima in
-        at most 32 variables, `bx.CG()` for larger ones, `bx.GMRES()` for roots and fixed
-        points.
-    - `preconditioner`: `bx.Jacobi()`, `bx.Nystrom(...)`, `bx.QuasiNewton()`,
-        `bx.AdamState()`, or a function `(x, theta)` that returns a function `r -> z`, an
-        approximation of `A^{-1} r`, symmetric and positive definite for CG. Where `A` is
-        not symmetric it serves all directions: systems with `A^T` take its transpose, by
-        `jax.linear_transpose`. Not to be confused with a warm start, which is a better
-        first guess.
+    - `linear_solver`: how the adjoint system is solved: one of `bx.linear`, or any Lineax
+        solver. By default `Direct()` for minima in at most 32 variables, `CG()` for larger ones,
+        `GMRES()` for roots and fixed points.
+    - `preconditioner`: one of `bx.precondition`, or a function `(x, theta)` that returns a
+        function `r -> z`, an approximation of `A^{-1} r`, symmetric and positive definite for
+        CG. Where `A` is not symmetric it serves all directions: systems with `A^T` take its
+        transpose, by `jax.linear_transpose`. Not to be confused with a warm start, which is a
+        better first guess.
     - `inexact`: say that the inner solve is stopped early on purpose. Its residual is then
         reported and not flagged.
     - `error_estimate`: report an estimate of `||grad - exact||`, the distance to the
@@ -108,7 +106,7 @@ class Implicit(AbstractAtSolution):
         ```python
         import bilevax as bx
 
-        rule = bx.Implicit(bx.CG(rtol=1e-8))
+        rule = bx.Implicit(bx.linear.CG(rtol=1e-8))
         rule = bx.Implicit(rtol=1e-3)  # of the hypergradient
         ```
 
@@ -134,8 +132,8 @@ class Implicit(AbstractAtSolution):
         solver = self.linear_solver
         if not (solver is None or isinstance(solver, lx.AbstractLinearSolver)):
             raise TypeError(
-                "`linear_solver` must be bx.CG(...), bx.MINRES(...), bx.GradientDescent(...), "
-                f"bx.Neumann(...) or a Lineax solver; got {type(solver).__name__}."
+                "`linear_solver` must be one of bx.linear, such as bx.linear.CG(), or a Lineax "
+                f"solver; got {type(solver).__name__}."
             )
         check_tolerance("Implicit", rtol=self.rtol, atol=self.atol, damping=self.damping)
         if self._is_damped and self._refines:

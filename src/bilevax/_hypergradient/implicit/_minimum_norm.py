@@ -55,8 +55,8 @@ class MinimumNorm(AbstractAtSolution):
 
     - For at most `max_tangents` entries of theta the tangent systems are solved, one a
       column, in one batch. They are consistent, so that conjugate gradients are safe.
-    - For more, `v = A^+ d_x L` by `bx.MINRES(minimum_norm=True)` or, for few inner
-      variables, `bx.Direct(minimum_norm=True)`. That the tangent system is consistent is
+    - For more, `v = A^+ d_x L` by `bx.linear.MINRES(minimum_norm=True)` or, for few inner
+      variables, `bx.linear.Direct(minimum_norm=True)`. That the tangent system is consistent is
       then probed: `B^T` must not see the null space of `A`, tried on the part of `d_x L`
       and of a fixed pseudo-random vector in it.
 
