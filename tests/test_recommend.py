@@ -1,4 +1,4 @@
-"""`recommend`: the rule that is right, for the measured reason; `rule="auto"` in `solve`."""
+"""`recommend`: the rule that is right, for the measured reason."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -100,17 +100,13 @@ def test_the_accuracy_asked_for_decides_the_linear_solve():
     assert products[0] < products[1]
 
 
-def test_auto_in_solve_says_what_it_took():
-    solution = bx.solve(PROBLEM, X0, THETA, rule="auto", num_steps=3)
-    assert "because" in solution.stats["rule_reason"]
-    assert "rule: bx.Implicit()" in str(solution)
-    descent = bx.Descent(optax.sgd(0.1), num_steps=3)
-    method = bx.DoubleLoop(descent, start="cold")
-    auto = bx.solve(PROBLEM, X0, THETA, method, rule="auto", num_steps=3)
-    by_name = bx.solve(PROBLEM, X0, THETA, method, rule=bx.Unrolled(checkpoints="all"), num_steps=3)
-    np.testing.assert_array_equal(auto.theta, by_name.theta)
-    assert by_name.stats["rule_reason"] is None
-    assert "rule:" not in str(by_name)
+def test_the_advice_is_taken_in_solve():
+    method = bx.DoubleLoop(bx.Descent(optax.sgd(0.1), num_steps=3), start="cold")
+    advice = bx.recommend(PROBLEM, X0, THETA, inner_solver=method.inner_solver)
+    taken = bx.solve(PROBLEM, X0, THETA, method, rule=advice.rule, num_steps=3)
+    rule = bx.Unrolled(checkpoints="all")
+    by_name = bx.solve(PROBLEM, X0, THETA, method, rule=rule, num_steps=3)
+    np.testing.assert_array_equal(taken.theta, by_name.theta)
 
 
 def test_mistakes_are_named():
@@ -118,13 +114,15 @@ def test_mistakes_are_named():
         bx.recommend(PROBLEM, X0, THETA, rtol=2.0)
     with pytest.raises(ValueError, match="bytes"):
         bx.recommend(PROBLEM, X0, THETA, memory=-1)
-    with pytest.raises(ValueError, match="'auto'"):
+    with pytest.raises(TypeError, match="bx.recommend"):
+        bx.solve(PROBLEM, X0, THETA, rule="auto")
+    with pytest.raises(TypeError, match="rule must be"):
         bx.solve(PROBLEM, X0, THETA, rule="best")
     with pytest.raises(TypeError, match="rule must be"):
         bx.solve(PROBLEM, X0, THETA, rule=optax.adam(0.1))
     method = bx.DoubleLoop(hypergradient=bx.Unrolled())
     with pytest.raises(ValueError, match="Leave out one"):
-        bx.solve(PROBLEM, X0, THETA, method, rule="auto")
+        bx.solve(PROBLEM, X0, THETA, method, rule=bx.Implicit())
     with pytest.raises(ValueError, match="Leave out one"):
         bx.solve(PROBLEM, X0, THETA, bx.MAID(), rule=bx.Implicit())
 

@@ -12,13 +12,10 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from ._as_written import as_written
 from ._checks import check_positive
-from ._diagnose.recommend._recommend import recommend
 from ._hypergradient._base import AbstractHypergradient
 from ._hypergradient._entry import check_types, explained, is_unexplained
 from ._hypergradient._locate import locate
-from ._hypergradient.implicit._implicit import Implicit
 from ._outer._base import AbstractMethod
 from ._outer._best import choose
 from ._outer._chunk import MAX_CHUNK, REASONS, columns, init_method, run_chunk
@@ -50,7 +47,7 @@ def solve(
     theta0: PyTree,
     method: AbstractMethod | None = None,
     *,
-    rule: AbstractHypergradient | str | None = None,
+    rule: AbstractHypergradient | None = None,
     num_steps: int = 100,
     rtol: float = 0.0,
     atol: float = 0.0,
@@ -69,8 +66,8 @@ def solve(
     - `theta0`: the first theta.
     - `method`: `bx.DoubleLoop()` by default.
     - `rule`: short for `method=bx.DoubleLoop(hypergradient=rule)`; with a `DoubleLoop` that
-        leaves its rule open it goes into that. `"auto"` takes the rule that `bx.recommend`
-        finds at `theta0`; `print(solution)` says which, and why.
+        leaves its rule open it goes into that. `bx.recommend(problem, x0, theta0).rule` is
+        the one that the library would take.
     - `num_steps`: the most outer steps.
     - `rtol`, `atol`: stop when the hypergradient norm is at most
         `atol + rtol * (norm at theta0)`. By default all steps are made.
@@ -128,11 +125,9 @@ def solve(
             f"{type(method).__name__}. An optimiser, an inner solver or a rule goes into it: "
             "bx.DoubleLoop(optimizer=...)."
         )
-    reason = None
     if rule is not None:
-        method, reason = _with_rule(method, rule, problem, x0, theta0)
+        method = _with_rule(method, rule, problem)
     run = _Run(problem, x0, theta0, method)
-    run.rule_reason = reason
     with Interrupt() as interrupt:
         stopped_by = run.loop(
             num_steps, (rtol, atol), callback, callback_every, progress, interrupt
@@ -143,28 +138,18 @@ def solve(
     return solution
 
 
-def _with_rule(
-    method: AbstractMethod, rule: Any, problem: Bilevel, x0: PyTree, theta0: PyTree
-) -> tuple[AbstractMethod, str | None]:
-    """The method with this rule and, if it was chosen here, which one and why."""
-    if isinstance(rule, str) and rule != "auto":
-        raise ValueError(f"solve(rule=...) must be a rule or 'auto'; got {rule!r}.")
-    if method.with_rule(Implicit()) is None:
+def _with_rule(method: AbstractMethod, rule: Any, problem: Bilevel) -> AbstractMethod:
+    """The method with this rule."""
+    if isinstance(rule, str) and rule == "auto":
+        raise TypeError("Ask first: rule=bx.recommend(problem, x0, theta0).rule.")
+    check_types(problem, rule)
+    chosen = method.with_rule(rule)
+    if chosen is None:
         raise ValueError(
             "solve(rule=...) is for bx.DoubleLoop(...) without a rule of its own; got "
             f"method={type(method).__name__}, which has one. Leave out one of the two."
         )
-    reason = None
-    if isinstance(rule, str):
-        inner_solver = getattr(method, "inner_solver", None)
-        advice = recommend(problem, x0, theta0, inner_solver=inner_solver)
-        rule, reason = advice.rule, f"{as_written(advice.rule)}, because {advice.reason}"
-        if advice.warning:
-            reason += f". Warning: {advice.warning}"
-    check_types(problem, rule)
-    chosen = method.with_rule(rule)
-    assert chosen is not None
-    return chosen, reason
+    return chosen
 
 
 class _Run:
@@ -184,7 +169,6 @@ class _Run:
         self.num_steps = 0
         self.num_rows = 0
         self.singular_since: int | None = None
-        self.rule_reason: str | None = None
 
     def loop(
         self,
@@ -334,7 +318,6 @@ class _Run:
             "stopped_by": stopped_by,
             "singular_since": self.singular_since,
             "num_outer_rows": num_rows(self.given[0].outer_data),
-            "rule_reason": self.rule_reason,
             "seconds": time.perf_counter() - self.start_time,
             "seconds_first_step": float(history.seconds[0]),
             **{name: int(np.sum(getattr(history, name))) for name in COUNTS},

@@ -49,9 +49,8 @@ class Solution:
         `stopped_by` ("num_steps", "tolerance", "callback", "optimizer", "interrupt" or
         "failure"), `singular_since` (the outer step from which on `MinimumNorm` stood in for
         `Implicit`, or `None`), `num_outer_rows` (the length that all arrays of the outer data
-        share, the number of examples, or `None`), `rule_reason` (with `rule="auto"`: which
-        rule, and why; else `None`), `seconds`, `seconds_first_step` (compilation, for the most
-        part) and the totals of the oracle counts.
+        share, the number of examples, or `None`), `seconds`, `seconds_first_step`
+        (compilation, for the most part) and the totals of the oracle counts.
     """
 
     x: PyTree[Array]
@@ -94,8 +93,6 @@ class Solution:
             names, counts = np.unique(outcomes, return_counts=True)
             listed = ", ".join(f"{n} ({c})" for n, c in zip(names, counts, strict=True))
             lines.append(f"{stats['num_flagged']} flagged outer evaluations: {listed}")
-        if stats.get("rule_reason"):
-            lines.append(f"rule: {stats['rule_reason']}")
         if stats["singular_since"] is not None:
             lines.append(
                 "singular adjoint systems: the response of smallest norm (bx.MinimumNorm) from "
