@@ -104,7 +104,7 @@ def test_a_circle_is_found():
         ("_inner/_x.py", "def f():\n    from .._report._y import b"),
         ("_tree.py", "from ._results import RESULTS"),
         ("_tree.py", "import bilevax._linear._cg as cg"),
-        ("_problem.py", "from bilevax import Bilevel"),
+        ("_problem/_door.py", "from bilevax import Bilevel"),
         ("_linear/__init__.py", "from .. import Minimum"),
         ("testing/_x.py", "from .. import _demo"),
     ],

@@ -140,8 +140,8 @@ def solve(
 
 def _with_rule(method: AbstractMethod, rule: Any, problem: Bilevel) -> AbstractMethod:
     """The method with this rule."""
-    if isinstance(rule, str) and rule == "auto":
-        raise TypeError("Ask first: rule=bx.recommend(problem, x0, theta0).rule.")
+    if isinstance(rule, str):
+        raise TypeError(f"rule must be a rule; got {rule!r}. bx.recommend(...).rule is one.")
     check_types(problem, rule)
     chosen = method.with_rule(rule)
     if chosen is None:

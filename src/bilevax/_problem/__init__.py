@@ -1,0 +1,22 @@
+"""The bilevel problem, and the conditions that define `x*(theta)`."""
+
+from ._bilevel import Bilevel as Bilevel
+from ._condition import (
+    AbstractCondition as AbstractCondition,
+    FixedPoint as FixedPoint,
+    LeastSquares as LeastSquares,
+    Minimum as Minimum,
+    Root as Root,
+)
+from ._door import (
+    as_arrays as as_arrays,
+    bind as bind,
+    check_values as check_values,
+    in_both_modes as in_both_modes,
+    is_start_function as is_start_function,
+    prepare as prepare,
+    restore as restore,
+    start_as_arrays as start_as_arrays,
+    start_at as start_at,
+    strong_convexity as strong_convexity,
+)

@@ -1,0 +1,230 @@
+"""What `x*(theta)` is: the conditions."""
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree, Scalar
+
+from .._as_written import OneLine
+from .._calls import describe, naming
+from .._tree import tree_sub
+
+
+class AbstractCondition(OneLine, eqx.Module):
+    """What makes `x` the inner solution: the map `residual` whose zero is `x*(theta)`.
+
+    Law: at the inner solution `residual(x, theta)` is zero. Implicit differentiation uses
+    nothing else of the inner problem.
+    """
+
+    fn: eqx.AbstractVar[Callable]
+    data: eqx.AbstractVar[PyTree]
+    is_symmetric: eqx.AbstractClassVar[bool]  # of the derivative of the residual in x
+
+    @abc.abstractmethod
+    def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
+        """The map whose zero is `x*(theta)`, in the structure of `x`."""
+
+    # What else there is to the condition. Rules and solvers ask for it and not for the class:
+    # one that has none of these is an equation, `residual(x, theta) = 0`.
+
+    @property
+    def objective(self) -> Callable[[PyTree, PyTree], Scalar] | None:
+        """`(x, theta) -> scalar`, which the inner solution minimises."""
+        return None
+
+    @property
+    def residuals(self) -> Callable[[PyTree, PyTree], PyTree[Array]] | None:
+        """`(x, theta) -> pytree`, of whose squares the objective is half the sum."""
+        return None
+
+    @property
+    def iteration(self) -> Callable[[PyTree, PyTree], PyTree[Array]] | None:
+        """`(x, theta) -> x`, of which the inner solution is a fixed point."""
+        return None
+
+    def check_output(self, out: Any, x: PyTree) -> None:
+        """Raise unless `out`, what `fn` returns as shapes, is what the condition takes."""
+
+    def __call__(self, x: PyTree, theta: PyTree) -> Any:
+        """The user's function, with its data if the level has any."""
+        return call(self.fn, "inner", x, theta, self.data)
+
+
+class Minimum(AbstractCondition):
+    """`x*(theta)` minimises `fn(x, theta)` or, with data, `fn(x, theta, data)`.
+
+    The residual is `grad_x fn`; its derivative in `x`, the Hessian, is symmetric. A plain
+    function given to `Bilevel` is promoted to this. Where `fn` returns `(value, aux)`, say
+    `has_aux=True`; the auxiliary output of an inner function is not used.
+
+    `strong_convexity`, if you know one, is a number or a function of theta, `mu` with
+    `d2_xx fn >= mu` everywhere: the strength of a quadratic regulariser of a convex loss,
+    say `lambda theta: jnp.min(jnp.exp(theta))`. With it every `Estimate` of `Implicit` has
+    an `error_bound`. It is believed, not checked.
+    """
+
+    fn: Callable
+    data: PyTree = None
+    strong_convexity: float | Callable[[PyTree], Scalar] | None = None
+    has_aux: bool = eqx.field(default=False, static=True)
+    is_symmetric: ClassVar[bool] = True
+
+    def __check_init__(self) -> None:
+        _check_modulus(self.strong_convexity)
+
+    def __call__(self, x: PyTree, theta: PyTree) -> Scalar:
+        out = super().__call__(x, theta)
+        return out[0] if self.has_aux else out
+
+    @property
+    def objective(self) -> Callable[[PyTree, PyTree], Scalar]:
+        return self.__call__
+
+    def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
+        return jax.grad(self.__call__)(x, theta)
+
+    def check_output(self, out: Any, x: PyTree) -> None:
+        del x
+        check_scalar(out, "inner")
+
+
+class LeastSquares(AbstractCondition):
+    """`x*(theta)` minimises `1/2 ||fn(x, theta)||^2`, `fn` returning a pytree of arrays.
+
+    As `Minimum` of that objective, `strong_convexity` included; least-squares solvers
+    (Gauss-Newton, Levenberg-Marquardt, ...) use the residuals `fn` themselves. A tuple is
+    residuals, too: where `fn` returns `(residuals, aux)`, say `has_aux=True`.
+    """
+
+    fn: Callable
+    data: PyTree = None
+    strong_convexity: float | Callable[[PyTree], Scalar] | None = None
+    has_aux: bool = eqx.field(default=False, static=True)
+    is_symmetric: ClassVar[bool] = True
+
+    def __check_init__(self) -> None:
+        _check_modulus(self.strong_convexity)
+
+    def __call__(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
+        out = super().__call__(x, theta)
+        return out[0] if self.has_aux else out
+
+    @property
+    def residuals(self) -> Callable[[PyTree, PyTree], PyTree[Array]]:
+        return self.__call__
+
+    @property
+    def objective(self) -> Callable[[PyTree, PyTree], Scalar]:
+        return self._half_the_squares
+
+    def _half_the_squares(self, x: PyTree, theta: PyTree) -> Scalar:
+        squares = [jnp.sum(r**2) for r in jtu.tree_leaves(self(x, theta))]
+        return 0.5 * sum(squares[1:], squares[0])
+
+    def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
+        return jax.grad(self._half_the_squares)(x, theta)
+
+
+class Root(AbstractCondition):
+    """`x*(theta)` solves `fn(x, theta) = 0`, `fn` returning the structure of `x`.
+
+    With `has_aux=True` `fn` returns `(value, aux)`, of which `aux` is not used.
+    """
+
+    fn: Callable
+    data: PyTree = None
+    has_aux: bool = eqx.field(default=False, static=True)
+    is_symmetric: ClassVar[bool] = False
+
+    def __call__(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
+        out = super().__call__(x, theta)
+        return _like(out[0] if self.has_aux else out, x)
+
+    def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
+        return self(x, theta)
+
+    def check_output(self, out: Any, x: PyTree) -> None:
+        _check_structure(out, x, "Root")
+
+
+class FixedPoint(AbstractCondition):
+    """`x*(theta)` solves `x = fn(x, theta)`. The residual is `x - fn(x, theta)`.
+
+    With `has_aux=True` `fn` returns `(value, aux)`, of which `aux` is not used.
+    """
+
+    fn: Callable
+    data: PyTree = None
+    has_aux: bool = eqx.field(default=False, static=True)
+    is_symmetric: ClassVar[bool] = False
+
+    def __call__(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
+        out = super().__call__(x, theta)
+        return _like(out[0] if self.has_aux else out, x)
+
+    @property
+    def iteration(self) -> Callable[[PyTree, PyTree], PyTree[Array]]:
+        return self.__call__
+
+    def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
+        return tree_sub(x, self(x, theta))
+
+    def check_output(self, out: Any, x: PyTree) -> None:
+        _check_structure(out, x, "FixedPoint")
+
+
+def _like(out: Any, x: PyTree) -> Any:
+    """What an equation returned, in the dtype of `x`."""
+    if jtu.tree_structure(out) != jtu.tree_structure(x):
+        return out  # the check at the door says what is wrong with it
+    return jtu.tree_map(lambda a, b: jnp.asarray(a, b.dtype), out, x)
+
+
+def _check_modulus(modulus: Any) -> None:
+    is_number = isinstance(modulus, int | float) and not isinstance(modulus, bool)
+    if is_number and not modulus > 0:
+        raise ValueError(f"`strong_convexity` must be positive; got {modulus}.")
+    if not (modulus is None or is_number or callable(modulus) or eqx.is_array(modulus)):
+        raise TypeError(
+            "`strong_convexity` must be a positive number or a function of theta; got "
+            f"{type(modulus).__name__}."
+        )
+
+
+def call(fn: Callable, name: str, x: PyTree, theta: PyTree, data: PyTree) -> Any:
+    if data is None:
+        with naming(name, x=x, theta=theta):
+            return fn(x, theta)
+    with naming(name, x=x, theta=theta, data=data):
+        return fn(x, theta, data)
+
+
+def check_scalar(out: Any, name: str) -> None:
+    ok = isinstance(out, jax.ShapeDtypeStruct) and out.shape == ()
+    if not (ok and jnp.issubdtype(out.dtype, jnp.floating)):
+        extra = " or (scalar, aux)" if name == "outer" else ""
+        hint = (
+            " For an equation or a fixed point use bx.Root(fn) or bx.FixedPoint(fn); for a "
+            "function that returns (value, aux) bx.Minimum(fn, has_aux=True)."
+            if name == "inner"
+            else ""
+        )
+        raise TypeError(
+            f"`{name}` must return a floating-point scalar{extra}; got {describe(out)}.{hint}"
+        )
+
+
+def _check_structure(out: Any, x: PyTree, name: str) -> None:
+    if jtu.tree_structure(out) != jtu.tree_structure(x) or any(
+        a.shape != b.shape for a, b in zip(jtu.tree_leaves(out), jtu.tree_leaves(x), strict=True)
+    ):
+        raise TypeError(
+            f"The function of `{name}` must return a pytree of the structure and shapes of "
+            f"x, {describe(x)}; got {describe(out)}."
+        )
