@@ -9,7 +9,7 @@ import pytest
 
 import bilevax as bx
 from bilevax._hypergradient._base import Query
-from bilevax._hypergradient._linearise import point
+from bilevax._hypergradient._point import point
 from bilevax.testing import all_oracles, fixed_point, logistic, relative_error, root
 
 ORACLE = logistic()

@@ -1,5 +1,6 @@
 """What is defined elsewhere works wherever one of bilevax does, or is refused by name."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from bilevax import extend
 
 MATRIX = jnp.array([[3.0, 1.0, 0.0], [0.5, 2.0, 0.3], [0.0, -0.4, 2.5]])
 TARGET = jnp.array([1.0, -1.0, 0.5])
+SYMMETRIC = MATRIX + MATRIX.T
 X0, THETA = jnp.zeros(3), jnp.array([0.7, -0.2])
 SIDE = jnp.array([[1.0, 0.0], [0.5, 1.0], [-1.0, 2.0]])
 
@@ -85,6 +87,168 @@ def test_a_condition_is_differentiated_solved_and_diagnosed():
 def test_what_takes_a_minimum_refuses_a_condition_that_is_none(rule, solver, message):
     with pytest.raises((TypeError, ValueError), match=message):
         bx.hypergradient(BALANCE, X0, THETA, inner_solver=solver, rule=rule)
+
+
+# --- a condition of more unknowns, and one of more functions
+
+
+class Constrained(extend.AbstractCondition):
+    """`min fn(x, theta)` where `constraint(x, theta) = 0`: unknown are x and the multipliers."""
+
+    fn: Callable
+    constraint: Callable
+    data: Any = None
+    is_symmetric: ClassVar[bool] = False  # it is, but not definite
+
+    def unknown(self, x0, theta):
+        if isinstance(x0, tuple):
+            return x0
+        value = eqx.filter_eval_shape(self.constraint, x0, theta)
+        return x0, jnp.zeros(value.shape, value.dtype)
+
+    def primal(self, unknown):
+        return unknown[0]
+
+    def residual(self, x, theta):
+        def lagrangian(x, multipliers):
+            return self.fn(x, theta) + multipliers @ self.constraint(x, theta)
+
+        return jax.grad(lagrangian, (0, 1))(*x)
+
+    def map_functions(self, wrap):
+        return dataclasses.replace(self, fn=wrap(self.fn), constraint=wrap(self.constraint))
+
+
+ROW = jnp.array([[1.0, 2.0, -1.0]])
+NAMED = {"value": THETA, "name": "of no type that JAX knows"}
+
+
+def constrained(scale):
+    """`min x'Sx/2 - (side theta)'x` where `row x = scale theta_1`; theta has a name, too."""
+    inner = Constrained(
+        lambda x, theta: 0.5 * x @ (SYMMETRIC @ x) - x @ (SIDE @ theta["value"]),
+        lambda x, theta: ROW @ x - scale * theta["value"][:1],
+    )
+    return bx.Bilevel(inner, lambda x, theta: outer(x, theta["value"]))
+
+
+def exact_constrained(scale=2.0):
+    matrix = jnp.block([[SYMMETRIC, ROW.T], [ROW, jnp.zeros((1, 1))]])
+    side = jnp.concatenate([SIDE, jnp.array([[scale, 0.0]])])
+    z = jnp.linalg.solve(matrix, side @ THETA)
+    v = jnp.linalg.solve(matrix, jnp.append(z[:3] - TARGET, 0.0))
+    return z, 0.2 * THETA + side.T @ v
+
+
+@pytest.mark.parametrize("name", ["Implicit", "GMRES", "MinimumNorm", "error estimate", "Unrolled"])
+def test_a_condition_with_multipliers(name):
+    rule, bound = RULES[name]
+    solver = bx.NewtonCG(rtol=1e-12) if name == "Unrolled" else None
+    z, gradient = exact_constrained()
+    problem = constrained(2.0)
+    estimate, _ = bx.hypergradient(problem, X0, NAMED, inner_solver=solver, rule=rule)
+    np.testing.assert_allclose(estimate.x[0], z[:3], rtol=1e-8)
+    np.testing.assert_allclose(estimate.x[1], z[3:], rtol=1e-8)
+    np.testing.assert_allclose(estimate.grad["value"], gradient, rtol=bound)
+    if name == "Implicit":
+        again, _ = bx.hypergradient(problem, estimate.x, NAMED)
+        assert again.stats["num_inner_steps"] <= 1
+        np.testing.assert_allclose(again.grad["value"], gradient, rtol=1e-8)
+
+
+def test_what_is_made_of_a_condition_with_multipliers():
+    x = bx.argmin(constrained(2.0).inner)(X0, NAMED)
+    np.testing.assert_allclose(x, exact_constrained()[0][:3], rtol=1e-8)
+    solution = bx.solve(constrained(2.0), X0, NAMED, num_steps=3, progress=False)
+    assert not solution.stats["num_flagged"]
+    assert [leaf.shape for leaf in solution.x] == [(3,), (1,)]
+
+    # what the second function closes over is differentiated as what the first does
+    def value(scale):
+        return outer(bx.argmin(constrained(scale).inner)(X0, NAMED), THETA)
+
+    ends = [outer(exact_constrained(2.0 + h)[0][:3], THETA) for h in (1e-6, -1e-6)]
+    np.testing.assert_allclose(jax.grad(value)(2.0), (ends[0] - ends[1]) / 2e-6, rtol=1e-7)
+
+
+# --- a condition whose adjoint system is not that of its residual
+
+
+class Lasso(extend.AbstractCondition):
+    """`min fn(x, theta) + strength(x, theta) |x|_1`, by proximal steps of length `step`."""
+
+    fn: Callable
+    strength: Callable
+    step: float = 0.15
+    data: Any = None
+    is_symmetric: ClassVar[bool] = True  # on the support
+
+    @property
+    def iteration(self):
+        return self.proximal_step
+
+    def proximal_step(self, x, theta):
+        moved = x - self.step * jax.grad(self.fn)(x, theta)
+        threshold = self.step * self.strength(x, theta)
+        return jnp.sign(moved) * jnp.maximum(jnp.abs(moved) - threshold, 0)
+
+    def residual(self, x, theta):
+        return x - self.proximal_step(x, theta)
+
+    def equation_at(self, x, theta):
+        support, signs = x != 0, jnp.sign(x)
+
+        def on_support(x, theta):
+            kept = jnp.where(support, x, 0)
+            gradient = jax.grad(self.fn)(kept, theta) + self.strength(kept, theta) * signs
+            return jnp.where(support, gradient, x)
+
+        return on_support
+
+    def map_functions(self, wrap):
+        return dataclasses.replace(self, fn=wrap(self.fn), strength=wrap(self.strength))
+
+
+PULL = np.array([2.0, 0.3, -1.5])
+LASSO = bx.Bilevel(
+    Lasso(
+        lambda x, theta: 0.5 * x @ (SYMMETRIC @ x) - x @ PULL,
+        lambda x, theta: jnp.exp(theta[0]) + 0 * theta[1],
+    ),
+    outer,
+)
+LASSO_RULES = {
+    "Implicit": bx.Implicit(),
+    "CG": bx.Implicit(bx.linear.CG(rtol=1e-12)),
+    "Jacobi": bx.Implicit(bx.linear.CG(rtol=1e-12), preconditioner=bx.precondition.Jacobi()),
+    "MinimumNorm": bx.MinimumNorm(),
+    "GMRES": bx.Implicit(bx.linear.GMRES(rtol=1e-12)),
+}
+
+
+def exact_lasso(theta):
+    """The support is that of the first and the last entry."""
+    kept = [0, 2]
+    matrix = np.asarray(SYMMETRIC)[np.ix_(kept, kept)]
+    strength, signs = np.exp(float(theta[0])), np.array([1.0, -1.0])
+    x = np.zeros(3)
+    x[kept] = np.linalg.solve(matrix, PULL[kept] - strength * signs)
+    v = np.linalg.solve(matrix, x[kept] - np.asarray(TARGET)[kept])
+    gradient = np.asarray(SYMMETRIC) @ x - PULL
+    assert np.all(np.sign(x[kept]) == signs) and abs(gradient[1]) < strength
+    return x, 0.2 * np.asarray(theta) - np.array([strength * signs @ v, 0.0])
+
+
+@pytest.mark.parametrize("name", LASSO_RULES)
+def test_a_condition_on_a_support(name):
+    theta = jnp.array([-1.0, 0.3])
+    x, gradient = exact_lasso(theta)
+    estimate, _ = bx.hypergradient(LASSO, X0, theta, rule=LASSO_RULES[name])
+    np.testing.assert_allclose(estimate.x, x, atol=1e-6)
+    np.testing.assert_allclose(estimate.grad, gradient, rtol=1e-5)
+    x_star = bx.argmin(LASSO.inner, rule=LASSO_RULES[name])
+    found = jax.grad(lambda theta: outer(x_star(X0, theta), theta))(theta)
+    np.testing.assert_allclose(found, gradient, rtol=1e-5)
 
 
 # --- an inner solver and a linear solver
@@ -162,7 +326,6 @@ class Damped(extend.AbstractAtSolution):
         return bx.Implicit(damping=self.damping).apply(primal_fn, rewrite_fn, inputs, tags)
 
 
-SYMMETRIC = MATRIX + MATRIX.T
 RIDGE = bx.Bilevel(
     lambda x, theta: 0.5 * x @ (SYMMETRIC @ x) - x @ (SIDE @ theta),
     outer,

@@ -14,7 +14,7 @@ from ._hypergradient._base import (
     HypergradientState,
     Query,
 )
-from ._hypergradient._linearise import Point, directions
+from ._hypergradient._point import Point, directions
 from ._inner._base import (
     AbstractInnerSolver,
     AbstractSteppingSolver,

@@ -11,7 +11,7 @@ from .._raise import or_fail
 from .._results import RESULTS
 from .._tree import stop_gradient, tree_zeros_like
 from ._base import AbstractHypergradient, Estimate, HypergradientState, Query, as_stats
-from ._linearise import Point, point
+from ._point import Point, point
 
 
 class Solved(NamedTuple):

@@ -244,13 +244,13 @@ def argmin(
         rule: AbstractHypergradient,
     ) -> PyTree:
         solve = _jitted_solution
-        if not _is_closed(problem.inner.fn):
-            fn = _hoist(problem, x0, theta)
-            if is_traced(fn) or fn.program.has_tracer:
-                problem = eqx.tree_at(lambda p: p.inner.fn, problem, fn)
-            # A traced value that lives in this call only: a compiled function that is kept
-            # for the next call must not see it.
-            solve = _solution if fn.program.has_tracer else solve
+        inner, hoisted = _hoist(problem, x0, theta)
+        has_tracer = any(fn.program.has_tracer for fn in hoisted)
+        if has_tracer or is_traced(hoisted):
+            problem = eqx.tree_at(lambda p: p.inner, problem, inner)
+        # A traced value that lives in this call only: a compiled function that is kept
+        # for the next call must not see it.
+        solve = _solution if has_tracer else solve
         call = partial(solve, problem, inner_solver, rule, x0, theta, throw)
         return locating(call, problem, inner_solver, x0, theta)
 
@@ -327,22 +327,32 @@ def _is_closed(fn: Callable) -> bool:
     return isinstance(fn, types.FunctionType) and fn.__closure__ is None
 
 
-def _hoist(problem: Bilevel, x0: PyTree, theta: PyTree) -> Hoisted:
-    """The inner function with what it closes over as leaves."""
-    bind(problem, x0, theta)  # refuses what can be no variable
+def _hoist(problem: Bilevel, x0: PyTree, theta: PyTree) -> tuple[AbstractCondition, list[Hoisted]]:
+    """The inner condition with what its functions close over as leaves, and these functions."""
+    condition, hoisted = problem.inner, []
     data = () if problem.inner_data is None else (problem.inner_data,)
-    x = start_at(x0, theta)
-    with naming("inner", x=x, theta=theta, **dict(zip(("data",), data, strict=False))):
-        return Hoisted(problem.inner.fn, x, theta, *data)
+    x = condition.primal(condition.unknown(start_at(x0, theta), theta))
+
+    def hoist(fn: Callable) -> Callable:
+        if _is_closed(fn):
+            return fn
+        if not hoisted:
+            bind(problem, x0, theta)  # refuses what can be no variable
+        with naming("inner", x=x, theta=theta, **dict(zip(("data",), data, strict=False))):
+            hoisted.append(Hoisted(fn, x, theta, *data))
+        return hoisted[-1]
+
+    return condition.map_functions(hoist), hoisted
 
 
 def _lift(problem: Bilevel, *args: Any) -> tuple:
-    """The arguments of `_estimate`, with what both functions close over as arrays."""
+    """The arguments of `_estimate`, with what the functions close over as arrays."""
     _, _, x0, theta, _ = args
     data = () if problem.outer_data is None else (problem.outer_data,)
-    outer = Hoisted(problem.outer, start_at(x0, theta), theta, *data)
-    inner = _hoist(problem, x0, theta)
-    return eqx.tree_at(lambda p: (p.inner.fn, p.outer), problem, (inner, outer)), *args
+    inner, _ = _hoist(problem, x0, theta)
+    x = inner.primal(inner.unknown(start_at(x0, theta), theta))
+    outer = Hoisted(problem.outer, x, theta, *data)
+    return eqx.tree_at(lambda p: (p.inner, p.outer), problem, (inner, outer)), *args
 
 
 @partial(lean_jit, lift=_lift)
@@ -399,7 +409,7 @@ def _solution(
     bound, start, theta_arrays = prepare(problem, x0, theta)
     solver = as_inner_solver(inner_solver, bound.inner, start_at(start, theta_arrays))
     x = rule.solution(Query(bound, solver, start, theta_arrays), throw)
-    return restore(bound.inner, x, theta_arrays)[0]
+    return restore(bound.inner, bound.inner.primal(x), theta_arrays)[0]
 
 
 _jitted_solution = lean_jit(_solution)

@@ -17,7 +17,6 @@ from .._results import RESULTS, first_failure
 from .._tree import flat_to_tree, map_rows, tree_basis, tree_size
 from ._base import as_stats
 from ._entry import check_types, raise_failure
-from ._linearise import linearise
 from ._locate import locating
 from .implicit._adjoint import first_of_batch, reached
 from .implicit._implicit import Implicit
@@ -112,7 +111,7 @@ def _forward(
     problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit
 ) -> tuple[PyTree, LinearSolution]:
     """Columns: `A J_i = -B e_i`."""
-    at = linearise(problem.inner, x, theta)
+    at = problem.inner.linearise(x, theta)
     end = reached(at.residual, x, x, asked_of(Given(), x))
 
     def solve(b: PyTree) -> LinearSolution:
@@ -130,7 +129,7 @@ def _reverse(
     problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit
 ) -> tuple[PyTree, LinearSolution]:
     """Rows: `A^T w_i = e_i`, and `-B^T w_i`."""
-    at = linearise(problem.inner, x, theta)
+    at = problem.inner.linearise(x, theta)
     end = reached(at.residual, x, x, asked_of(Given(), x))
 
     def row(direction: PyTree) -> tuple[PyTree, LinearSolution]:

@@ -26,8 +26,8 @@ from .._tree import map_rows, tree_sub
 from ._base import Estimate, as_stats
 from ._derivative import refuse_derivative
 from ._entry import check_types, raise_failure
-from ._linearise import dual_value, linearise
 from ._locate import locating
+from ._point import dual_value
 from .implicit._adjoint import first_of_batch, reached, strictest
 from .implicit._implicit import Implicit
 
@@ -108,7 +108,7 @@ def _estimates(
     values, pullback, aux = jax.vjp(bound.outer_value, x, theta, has_aux=True)
     basis = jnp.eye(values.shape[0], dtype=values.dtype)
     grads_x, grads_theta = jax.vmap(pullback)(basis)
-    at = linearise(condition, x, theta)
+    at = condition.linearise(x, theta)
     end = reached(at.residual, x, x0, asked_of(solver, x))
 
     def solve(b: PyTree) -> LinearSolution:

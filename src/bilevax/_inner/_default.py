@@ -39,6 +39,8 @@ def as_inner_solver(solver: Any, condition: AbstractCondition, x0: PyTree) -> Ab
     points; where these two give up, Newton's method, at last with steps that are shortened.
     """
     if solver is None:
+        solver = condition.default_solver(x0)
+    if solver is None:
         solver = NewtonCG() if condition.objective is not None else _for_equation(condition, x0)
     if isinstance(solver, AbstractMeasuredMinimiser) and tree_size(x0) == 0:
         return Given()  # no inner variables: nothing to solve for

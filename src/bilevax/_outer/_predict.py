@@ -112,9 +112,9 @@ def _tangent(
     solver = with_rtol(linear_solver, _RTOL)
 
     def solve() -> tuple[PyTree, Array, Array]:
-        _, b = jax.jvp(lambda t: condition.residual(x, t), (theta,), (step,))
+        _, b = jax.jvp(lambda t: condition.residual_here(x, t), (theta,), (step,))
         b = jtu.tree_map(jnp.negative, b)
-        _, matvec = jax.linearize(lambda x: condition.residual(x, theta), x)
+        matvec = condition.linearise(x, theta).forward
         found = solve_linear(solver, matvec, b, guess, is_symmetric=condition.is_symmetric)
         found = verify(found, b, matvec(found.value))
         is_known = found.result == RESULTS.successful

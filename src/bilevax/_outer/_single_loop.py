@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from .._checks import check_count
 from .._hypergradient._base import AbstractHypergradient, HypergradientState, Query
-from .._hypergradient._linearise import directions
+from .._hypergradient._point import directions
 from .._hypergradient.implicit._implicit import Implicit
 from .._inner._default import as_inner_solver
 from .._jit import optimizer_as_pytree, standard_promotion

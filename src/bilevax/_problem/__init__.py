@@ -20,3 +20,4 @@ from ._door import (
     start_at as start_at,
     strong_convexity as strong_convexity,
 )
+from ._linearised import Linearised as Linearised

@@ -95,7 +95,7 @@ class Bilevel(OneLine, eqx.Module):
 
     def outer_value(self, x: PyTree, theta: PyTree) -> tuple[Scalar, PyTree]:
         """`(value, aux)` of the outer objective; `aux` is `None` if there is none."""
-        out = call(self.outer, "outer", x, theta, self.outer_data)
+        out = call(self.outer, "outer", self.inner.primal(x), theta, self.outer_data)
         return out if isinstance(out, tuple) else (out, None)
 
 

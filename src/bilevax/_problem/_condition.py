@@ -12,7 +12,8 @@ from jaxtyping import Array, PyTree, Scalar
 
 from .._as_written import OneLine
 from .._calls import describe, naming
-from .._tree import tree_sub
+from .._tree import stop_gradient, tree_sub
+from ._linearised import Linearised, of_equation, of_gradient
 
 
 class AbstractCondition(OneLine, eqx.Module):
@@ -24,7 +25,7 @@ class AbstractCondition(OneLine, eqx.Module):
 
     fn: eqx.AbstractVar[Callable]
     data: eqx.AbstractVar[PyTree]
-    is_symmetric: eqx.AbstractClassVar[bool]  # of the derivative of the residual in x
+    is_symmetric: eqx.AbstractClassVar[bool]  # of the derivative in x of what is linearised
 
     @abc.abstractmethod
     def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
@@ -48,12 +49,53 @@ class AbstractCondition(OneLine, eqx.Module):
         """`(x, theta) -> x`, of which the inner solution is a fixed point."""
         return None
 
+    def equation_at(self, x: PyTree, theta: PyTree) -> Callable[[PyTree, PyTree], PyTree]:
+        """The smooth map, zero at `x*`, whose derivatives at `(x, theta)` say how `x*` moves.
+
+        `residual` itself, unless that has kinks: then the map on this side of them, say on
+        the support of x. The adjoint system is that of this map, and `is_symmetric` is said
+        of it.
+        """
+        del x, theta
+        return self.residual
+
+    def residual_here(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
+        """The value of `equation_at` where it is taken, with its derivatives."""
+        return self.equation_at(*stop_gradient((x, theta)))(x, theta)
+
+    def linearise(self, x: PyTree, theta: PyTree) -> Linearised:
+        """`equation_at` with the products of its derivatives."""
+        equation = self.equation_at(x, theta)
+        if self.objective is None or equation != self.residual:
+            return of_equation(equation, x, theta)
+        return of_gradient(self.objective, x, theta)
+
+    def default_solver(self, x0: PyTree) -> Any:
+        """The inner solver, where the user names none; `None` is the library's own choice."""
+        del x0
+        return None
+
+    # More unknowns than the user's x: multipliers, say. All of the library sees the unknown.
+
+    def unknown(self, x0: PyTree, theta: PyTree) -> PyTree:
+        """Where the search for the unknown begins: from the user's `x0`, or an unknown again."""
+        del theta
+        return x0
+
+    def primal(self, unknown: PyTree) -> PyTree:
+        """The user's x in it: what the outer objective sees, and what `argmin` returns."""
+        return unknown
+
+    def map_functions(self, wrap: Callable[[Callable], Callable]) -> "AbstractCondition":
+        """The condition with other functions: `wrap` of each that is called like `fn`."""
+        return eqx.tree_at(lambda c: c.fn, self, wrap(self.fn))
+
     def check_output(self, out: Any, x: PyTree) -> None:
         """Raise unless `out`, what `fn` returns as shapes, is what the condition takes."""
 
     def __call__(self, x: PyTree, theta: PyTree) -> Any:
         """The user's function, with its data if the level has any."""
-        return call(self.fn, "inner", x, theta, self.data)
+        return call(self.fn, "inner", self.primal(x), theta, self.data)
 
 
 class Minimum(AbstractCondition):

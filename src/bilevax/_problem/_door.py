@@ -66,16 +66,13 @@ def bind(problem: Bilevel, x0: PyTree, theta: PyTree) -> tuple[Bilevel, PyTree, 
     _check_one_dtype(x_arrays)
     bound = problem
     if jtu.tree_leaves((x_static, theta_static)):
-        bound = eqx.tree_at(
-            lambda p: (p.inner.fn, p.outer),
-            problem,
-            (
-                _Bound(problem.inner.fn, x_static, theta_static),
-                _Bound(problem.outer, x_static, theta_static),
-            ),
-        )
+        statics = x_static, theta_static
+        inner = problem.inner.map_functions(lambda fn: _Bound(fn, *statics))
+        outer = _Bound(problem.outer, *statics)
+        bound = eqx.tree_at(lambda p: (p.inner, p.outer), problem, (inner, outer))
+    x_arrays = bound.inner.unknown(x_arrays, theta_arrays)
     if is_start_function(x0):
-        x_arrays = _BoundStart(x0, theta_static)
+        x_arrays = _BoundStart(x0, theta_static, problem.inner)
     return bound, x_arrays, theta_arrays
 
 
@@ -110,7 +107,17 @@ def restore(condition: AbstractCondition, x: PyTree, theta: PyTree) -> tuple[PyT
     bound = _bound(condition)
     if bound is None:
         return x, theta
-    return eqx.combine(x, bound.x_static), eqx.combine(theta, bound.theta_static)
+    return _put_back(x, bound.x_static), _put_back(theta, bound.theta_static)
+
+
+def _put_back(arrays: PyTree, static: PyTree) -> PyTree:
+    """`arrays` with the rest of the user's structure, if they have that structure and a rest."""
+    structures = [jtu.tree_structure(tree, is_leaf=_is_none) for tree in (arrays, static)]
+    return eqx.combine(arrays, static) if structures[0] == structures[1] else arrays
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
 
 
 def _bound(condition: AbstractCondition) -> "_Bound | None":
@@ -128,7 +135,7 @@ class _Bound(eqx.Module):
     theta_static: PyTree
 
     def __call__(self, x: PyTree, theta: PyTree, *data: PyTree) -> Any:
-        return self.fn(eqx.combine(x, self.x_static), eqx.combine(theta, self.theta_static), *data)
+        return self.fn(_put_back(x, self.x_static), _put_back(theta, self.theta_static), *data)
 
 
 class _BoundStart(eqx.Module):
@@ -136,10 +143,11 @@ class _BoundStart(eqx.Module):
 
     fn: Callable
     theta_static: PyTree
+    condition: AbstractCondition
 
     def __call__(self, theta: PyTree) -> PyTree:
-        x0 = as_arrays(start_at(self.fn, eqx.combine(theta, self.theta_static)))
-        return _split(x0, "x0(theta)")[0]
+        x0 = as_arrays(start_at(self.fn, _put_back(theta, self.theta_static)))
+        return self.condition.unknown(_split(x0, "x0(theta)")[0], theta)
 
 
 def _is_numeric(leaf: Any) -> bool:

@@ -94,7 +94,7 @@ def newton_step(
 def _iterated_newton_step(
     problem: Bilevel, x: PyTree, theta: PyTree, residual: PyTree
 ) -> tuple[Scalar, Array]:
-    _, matvec = jax.linearize(lambda x: problem.inner.residual(x, theta), x)
+    matvec = problem.inner.linearise(x, theta).forward
     is_symmetric = problem.inner.is_symmetric
     solver = CG() if is_symmetric else GMRES()
     step = solve_linear(solver, matvec, residual, is_symmetric=is_symmetric)
@@ -141,7 +141,7 @@ def constants(
     gradient is `d_x L - A' v`, and the norm of its second derivative, with `v` held, is
     the Lipschitz constant that couples an error of `x` to the adjoint variable.
     """
-    _, cross = jax.linearize(lambda theta: problem.inner.residual(x, theta), theta)
+    _, cross = jax.linearize(lambda theta: problem.inner.residual_here(x, theta), theta)
     transposed = jax.linear_transpose(cross, theta)
     cross_norm = largest_singular_value(cross, lambda r: transposed(r)[0], start_theta)
 

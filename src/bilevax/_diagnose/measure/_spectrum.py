@@ -114,7 +114,7 @@ def _matrix(problem: Bilevel, x: PyTree, theta: PyTree) -> Float[Array, "d d"]:
     """`A`, column by column."""
     if tree_size(x) == 0:
         return jnp.zeros((0, 0))
-    _, matvec = jax.linearize(lambda x: problem.inner.residual(x, theta), x)
+    matvec = problem.inner.linearise(x, theta).forward
     return dense_columns(matvec, x).T
 
 
@@ -123,7 +123,7 @@ def _krylov(
     problem: Bilevel, x: PyTree, theta: PyTree, start: PyTree, num_steps: int
 ) -> tuple[Array | None, ...]:
     """Lanczos of `A`, or of `A'A` without symmetry; norm and growth of a fixed point's map."""
-    _, matvec = jax.linearize(lambda x: problem.inner.residual(x, theta), x)
+    matvec = problem.inner.linearise(x, theta).forward
     if problem.inner.is_symmetric:
         return *tridiagonalise(matvec, start, num_steps), None, None
     transpose = _transpose(matvec, x)

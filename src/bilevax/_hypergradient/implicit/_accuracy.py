@@ -15,7 +15,7 @@ from ..._precondition._base import AbstractPreconditioner
 from ..._results import RESULTS
 from ..._tree import tree_dtype, tree_norm, tree_size
 from .._base import Estimate, HypergradientState, Query, as_stats
-from .._linearise import dual_value
+from .._point import dual_value
 from ._adjoint import DENSE_EVIDENCE, evidence_solver
 from ._evidence import with_bound
 from ._refine import Refined, refine, start
@@ -76,7 +76,7 @@ def estimate_to_accuracy(
     )
     s = found.refined
     value, aux = problem.outer_value(s.x, theta)
-    residual = problem.inner.residual(s.x, theta)
+    residual = problem.inner.residual_here(s.x, theta)
     evidence = {
         "adjoint_residual": s.adjoint_residual,
         "adjoint_tolerance": state.tolerances[1].astype(s.adjoint_residual.dtype),
@@ -176,7 +176,7 @@ def _attempt(
     newton = evidence_solver(linear_solver, inner.x, is_symmetric, linear_rtol)
     apply, memory, extra = None, out.preconditioner, jnp.zeros((), jnp.int32)
     if preconditioner is not None:
-        matvec = jax.linearize(lambda x: problem.inner.residual(x, theta), inner.x)[1]
+        matvec = problem.inner.linearise(inner.x, theta).forward
         apply, memory, extra = preconditioner.prepare(
             matvec, problem.inner, inner.x, theta, inner_state, memory
         )

@@ -14,9 +14,9 @@ from ..._inner._asked import Asked
 from ..._inner._own_scale import norm, own_magnitude
 from ..._linear import Direct, LinearSolution, default_linear_solver, solve_linear
 from ..._linear._transposed import transposed
+from ..._problem import Linearised
 from ..._results import RESULTS, first_failure
 from ..._tree import default_rtol, is_bounded, map_rows, signs_like, tree_size, tree_sub
-from .._linearise import Linearised
 
 # Up to this size evidence comes from a dense factorisation: it is exact, and its products
 # are one matrix product.

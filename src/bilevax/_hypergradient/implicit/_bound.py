@@ -10,7 +10,6 @@ from jaxtyping import Array, PyTree, Scalar
 from ..._linear._common import largest_eigenvalue
 from ..._problem import Bilevel
 from ..._tree import tree_dot, tree_norm, tree_size
-from .._linearise import linearise
 
 # The power method underestimates; after ten steps by little.
 _NORM_MARGIN = 1.1
@@ -52,7 +51,7 @@ def error_bound(
 
     def phi(x: PyTree, theta: PyTree) -> Scalar:
         value, _ = problem.outer_value(x, theta)
-        residual = problem.inner.residual(x, theta)
+        residual = problem.inner.residual_here(x, theta)
         return value - tree_dot(v, residual).astype(value.dtype)
 
     def norms(x: PyTree) -> Array:
@@ -71,7 +70,7 @@ def error_bound(
     largest = _NORM_MARGIN * jnp.maximum(here, there) + variation
     curvature, moves, cross = _SAFETY * largest[0], _SAFETY * largest[1], largest[2]
 
-    at = linearise(problem.inner, x, theta)
+    at = problem.inner.linearise(x, theta)
     eps = _ROUNDING * float(jnp.finfo(modulus.dtype).eps)
     norm_A = _NORM_MARGIN * largest_eigenvalue(at.forward, x)
     rho, grad = jax.grad(phi, argnums=(0, 1))(x, theta)

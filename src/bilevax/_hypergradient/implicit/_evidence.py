@@ -10,11 +10,11 @@ from jaxtyping import Array, PyTree, Scalar
 
 from ..._inner._base import Counts
 from ..._linear import solve_linear
-from ..._problem import Bilevel, strong_convexity
+from ..._problem import Bilevel, Linearised, strong_convexity
 from ..._results import RESULTS, first_failure
 from ..._tree import default_rtol, tree_norm, tree_scale, unbounded
 from .._base import Estimate
-from .._linearise import Linearised, point
+from .._point import point
 from ._adjoint import evidence_solver
 from ._bound import BOUND_PRODUCTS, error_bound
 from ._refine import Refined, refine_twice, start

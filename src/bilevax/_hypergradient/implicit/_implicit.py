@@ -25,7 +25,7 @@ from ..._linear import (
 )
 from ..._linear._transposed import transposed
 from ..._precondition._base import AbstractPreconditioner, as_preconditioner
-from ..._problem import AbstractCondition, Bilevel
+from ..._problem import AbstractCondition, Bilevel, Linearised
 from ..._raise import or_fail
 from ..._results import RESULTS
 from ..._tree import (
@@ -39,7 +39,7 @@ from ..._tree import (
 from .._at_solution import AbstractAtSolution, Adjoint, Solved
 from .._base import Estimate, HypergradientState, Query, estimate_of
 from .._derivative import with_derivative
-from .._linearise import Linearised, dual_value
+from .._point import dual_value
 from ._accuracy import estimate_to_accuracy, first_tolerances
 from ._adjoint import Reached, direct_at, in_own_scale, reached, with_rtol
 from ._evidence import damping_bias, with_evidence
@@ -459,7 +459,7 @@ def _lagrangian(
     problem: Bilevel, x: PyTree, theta: PyTree, v: PyTree
 ) -> tuple[Scalar, tuple[Scalar, PyTree]]:
     value, aux = problem.outer_value(x, theta)
-    return dual_value(value, v, problem.inner.residual(x, theta)), (value, aux)
+    return dual_value(value, v, problem.inner.residual_here(x, theta)), (value, aux)
 
 
 def _adjoint_residual(v: PyTree, args: tuple) -> PyTree:
@@ -471,7 +471,7 @@ def _adjoint_residual(v: PyTree, args: tuple) -> PyTree:
 def _damped_residual(x: PyTree, args: tuple) -> PyTree:
     """The residual plus `damping (x - at)`, which is zero, and has the derivative `damping`."""
     condition, theta, damping, at = args
-    residual = condition.residual(x, theta)
+    residual = condition.residual_here(x, theta)
     return residual if damping is None else tree_axpy(damping, tree_sub(x, at), residual)
 
 
@@ -491,7 +491,7 @@ def _solve_at(
     end = None
     if found is not None:
         asked, x0 = found
-        end = reached(condition.residual(x, theta), x, x0, asked)
+        end = reached(condition.residual_here(x, theta), x, x0, asked)
     adjoint = rule.solve_adjoint(
         system.matvec,
         b,

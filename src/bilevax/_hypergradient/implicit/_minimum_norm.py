@@ -15,7 +15,7 @@ from ..._inner._asked import asked_of
 from ..._inner._base import Counts
 from ..._linear import Direct, LinearSolution, default_linear_solver, solve_linear, verify
 from ..._linear._minres import MINRES
-from ..._problem import AbstractCondition
+from ..._problem import AbstractCondition, Linearised
 from ..._raise import or_fail
 from ..._results import RESULTS
 from ..._tree import (
@@ -34,7 +34,7 @@ from ..._tree import (
 from .._at_solution import AbstractAtSolution, Adjoint, Solved
 from .._base import Estimate, HypergradientState, Query, estimate_of
 from .._derivative import refuse_derivative
-from .._linearise import Linearised, Point, linearise
+from .._point import Point
 from ._adjoint import DENSE_EVIDENCE, Reached, direct_at, first_of_batch, reached, strictest
 from ._implicit import Implicit, is_gradient
 from ._tangent import tangent_columns
@@ -139,7 +139,8 @@ class MinimumNorm(AbstractAtSolution):
     def solution(self, query: Query, throw: bool) -> PyTree[Array]:
         x = super().solution(query, throw)
         condition, solver = query.condition, self._solver(query)
-        at = linearise(*stop_gradient((condition, x, query.theta)))
+        fixed, *at_point = stop_gradient((condition, x, query.theta))
+        at = fixed.linearise(*at_point)
         _, is_consistent = _solve_and_probe(solver, at, [], stop_gradient(x), condition, None)
         result = RESULTS.where(is_consistent, RESULTS.successful, RESULTS.singular)
         return or_fail(x, result, throw)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Scalar
 from ..._problem import Bilevel
 from ..._results import RESULTS
 from ..._tree import signs_like, tree_norm, tree_size, tree_sub, tree_zeros_like, unbounded
-from .._linearise import point
+from .._point import point
 from ._adjoint import newton_steps
 
 _ROUNDING = 10.0

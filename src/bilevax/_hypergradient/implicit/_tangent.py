@@ -8,9 +8,8 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from ..._linear import LinearSolution
-from ..._problem import AbstractCondition
+from ..._problem import AbstractCondition, Linearised
 from ..._tree import map_rows, tree_basis
-from .._linearise import Linearised
 
 
 def tangent_columns(
@@ -21,9 +20,10 @@ def tangent_columns(
     solve: Callable[[PyTree], LinearSolution],
 ) -> tuple[PyTree, LinearSolution]:
     """`J_i`, `A J_i = -B e_i`, for every entry of theta along a first axis; the systems."""
+    equation = condition.equation_at(x, theta)
 
     def column(direction: PyTree) -> tuple[PyTree, LinearSolution]:
-        _, b = jax.jvp(lambda t: condition.residual(x, t), (theta,), (direction,))
+        _, b = jax.jvp(lambda t: equation(x, t), (theta,), (direction,))
         solution = solve(b)
         return jtu.tree_map(jnp.negative, solution.value), solution
 

@@ -17,7 +17,7 @@ from ..._inner._optimistix import Optimistix
 from ..._problem import AbstractCondition, Minimum
 from ..._tree import stop_gradient, tree_dot, tree_norm, tree_sub, tree_zeros_like
 from .._base import AbstractHypergradient, Estimate, HypergradientState, Query, as_stats
-from .._linearise import point
+from .._point import point
 from ._own_steps import (
     apply_steps,
     derivative_of,

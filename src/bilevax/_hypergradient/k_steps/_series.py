@@ -26,7 +26,7 @@ from ..._tree import (
 )
 from .._at_solution import Adjoint
 from .._base import Query
-from .._linearise import Point
+from .._point import Point
 from ..implicit._implicit import is_gradient, solved_or_fail
 from ..implicit._implicit_function import System, attach_derivative
 

@@ -136,7 +136,9 @@ def judged(
         grad_x, grad_theta = outer(x, theta)
         # Under vmap both branches run: a zero right-hand side takes no steps.
         b = jtu.tree_map(lambda c: jnp.where(at.is_solution, c, 0), grad_x)
-        expected = implied(condition.residual, x, theta, b, condition.is_symmetric, at.explained)
+        expected = implied(
+            condition.residual_here, x, theta, b, condition.is_symmetric, at.explained
+        )
         found = tree_sub(estimate.grad, grad_theta)
         error, is_wrong = disagreement(found, expected, at.explained, largest)
         return error.astype(dtype), expected.is_known, is_wrong

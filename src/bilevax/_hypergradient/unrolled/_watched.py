@@ -86,7 +86,7 @@ def _may_mislead(solver: Any, x0: PyTree) -> bool:
 def residual_of(x: PyTree, args: tuple) -> PyTree:
     """What the solution map of a condition solves; `args` are the condition, x0 and theta."""
     condition, _, theta = args
-    return condition.residual(x, theta)
+    return condition.residual_here(x, theta)
 
 
 def steps_of_call(
