@@ -65,10 +65,10 @@ class AbstractCondition(OneLine, eqx.Module):
 
     def linearise(self, x: PyTree, theta: PyTree) -> Linearised:
         """`equation_at` with the products of its derivatives."""
-        equation = self.equation_at(x, theta)
-        if self.objective is None or equation != self.residual:
-            return of_equation(equation, x, theta)
-        return of_gradient(self.objective, x, theta)
+        is_smooth = type(self).equation_at is AbstractCondition.equation_at
+        if is_smooth and self.objective is not None:
+            return of_gradient(self.objective, x, theta)
+        return of_equation(self.equation_at(x, theta), x, theta)
 
     def default_solver(self, x0: PyTree) -> Any:
         """The inner solver, where the user names none; `None` is the library's own choice."""
