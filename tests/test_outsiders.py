@@ -322,8 +322,8 @@ class Damped(extend.AbstractAtSolution):
     def attach(self, query, x, inner_state, throw, failed):
         return bx.Implicit(damping=self.damping).attach(query, x, inner_state, throw, failed)
 
-    def apply(self, primal_fn, rewrite_fn, inputs, tags):
-        return bx.Implicit(damping=self.damping).apply(primal_fn, rewrite_fn, inputs, tags)
+    def attach_to_call(self, call):
+        return bx.Implicit(damping=self.damping).attach_to_call(call)
 
 
 RIDGE = bx.Bilevel(

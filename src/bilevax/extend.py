@@ -14,6 +14,7 @@ from ._hypergradient._base import (
     HypergradientState,
     Query,
 )
+from ._hypergradient._call import Call
 from ._hypergradient._point import Point, directions
 from ._inner._base import (
     AbstractInnerSolver,
@@ -42,6 +43,7 @@ __all__ = [
     "AbstractPreconditioner",
     "AbstractSteppingSolver",
     "Adjoint",
+    "Call",
     "Counts",
     "Evaluation",
     "HypergradientState",

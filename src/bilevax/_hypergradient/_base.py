@@ -1,6 +1,7 @@
 """Hypergradient rules: `problem, x0, theta, state -> Estimate, state`."""
 
 import abc
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
@@ -13,6 +14,7 @@ from .._inner._base import AbstractInnerSolver, Counts
 from .._problem import AbstractCondition, Bilevel, start_at
 from .._results import RESULTS, first_failure
 from .._tree import tree_all_finite
+from ._call import Call
 from ._derivative import refuse_derivative
 from ._summary import summary
 
@@ -179,6 +181,20 @@ class AbstractHypergradient(OneLine, optx.AbstractAdjoint):
         reason = "what it holds constant moves, and the derivative would leave that out"
         args = (self, query, state)
         return refuse_derivative(estimate_of, args, type(self).__name__, reason)
+
+    def apply(
+        self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
+    ) -> PyTree:
+        """What Optimistix asks of an adjoint."""
+        del tags
+        return self.attach_to_call(Call(primal_fn, rewrite_fn, inputs))
+
+    def attach_to_call(self, call: Call) -> tuple[PyTree[Array], PyTree]:
+        """The result of a call of Optimistix, `(x, rest)`, differentiable by this rule."""
+        raise TypeError(
+            f"{type(self).__name__} is no adjoint for optx.{call.kind}: use it in "
+            "bx.hypergradient, bx.argmin or bx.solve."
+        )
 
     @abc.abstractmethod
     def solution(self, query: Query, throw: bool) -> PyTree[Array]:

@@ -15,6 +15,7 @@ from ..._inner._batches import check_key
 from ..._problem import Bilevel
 from ..._tree import is_traced, tree_norm
 from .._base import AbstractHypergradient, Estimate, HypergradientState, Query, as_stats
+from .._call import Call
 
 
 class AbstractEvolution(AbstractHypergradient):
@@ -30,9 +31,7 @@ class AbstractEvolution(AbstractHypergradient):
     def solution(self, query: Query, throw: bool) -> NoReturn:
         self._refuse()
 
-    def apply(
-        self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
-    ) -> NoReturn:
+    def attach_to_call(self, call: Call) -> NoReturn:
         self._refuse()
 
     def _refuse(self) -> NoReturn:

@@ -30,7 +30,6 @@ from ..._raise import or_fail
 from ..._results import RESULTS
 from ..._tree import (
     largest_entry,
-    lax_while_loop,
     stop_gradient,
     tree_axpy,
     tree_size,
@@ -38,6 +37,7 @@ from ..._tree import (
 )
 from .._at_solution import AbstractAtSolution, Adjoint, Solved
 from .._base import Estimate, HypergradientState, Query, estimate_of
+from .._call import Call
 from .._derivative import with_derivative
 from .._point import dual_value
 from ._accuracy import estimate_to_accuracy, first_tolerances
@@ -279,23 +279,17 @@ class Implicit(AbstractAtSolution):
             problem.inner.is_symmetric,
         )
 
-    def apply(
-        self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
-    ) -> PyTree[Array]:
-        del tags
-        fixed = stop_gradient(inputs)
-        x, rest = primal_fn((*fixed, lax_while_loop))
-        rest = stop_gradient(rest)
-        is_symmetric = is_gradient(rewrite_fn)
+    def attach_to_call(self, call: Call) -> tuple[PyTree[Array], PyTree]:
+        x, rest = call.constant()
 
         def residual(x: PyTree, args: tuple) -> PyTree:
             inputs, rest, damping, at = args
-            product = rewrite_fn(x, rest, inputs)
+            product = call.rewrite_fn(x, rest, inputs)
             return product if damping is None else tree_axpy(damping, tree_sub(x, at), product)
 
-        args = (inputs, rest, self.damping if self._is_damped else None, stop_gradient(x))
-        solve = partial(_solve_alone, is_symmetric=is_symmetric)
-        return attach_derivative(residual, args, x, solve, self, is_symmetric), rest
+        args = (call.inputs, rest, self.damping if self._is_damped else None, x)
+        solve = partial(_solve_alone, is_symmetric=call.is_symmetric)
+        return attach_derivative(residual, args, x, solve, self, call.is_symmetric), rest
 
     def solve_adjoint(
         self,
@@ -408,11 +402,6 @@ class Implicit(AbstractAtSolution):
 
 def _memory(solver: lx.AbstractLinearSolver, x: PyTree) -> PyTree:
     return solver.start(x) if isinstance(solver, AbstractIterativeLinearSolver) else None
-
-
-def is_gradient(rewrite_fn: Callable) -> bool:
-    """Whether a residual of Optimistix is a gradient: of minimise and least_squares."""
-    return rewrite_fn.__module__.endswith(("._minimise", "._least_squares"))
 
 
 def _derivative_of_estimate(

@@ -33,10 +33,11 @@ from ..._tree import (
 )
 from .._at_solution import AbstractAtSolution, Adjoint, Solved
 from .._base import Estimate, HypergradientState, Query, estimate_of
+from .._call import Call
 from .._derivative import refuse_derivative
 from .._point import Point
 from ._adjoint import DENSE_EVIDENCE, Reached, direct_at, first_of_batch, reached, strictest
-from ._implicit import Implicit, is_gradient
+from ._implicit import Implicit
 from ._tangent import tangent_columns
 
 # A null space smaller than this part of a random vector is rounding.
@@ -159,11 +160,9 @@ class MinimumNorm(AbstractAtSolution):
     def _solver(self, query: Query) -> lx.AbstractLinearSolver:
         return _minimum_norm_solver(query.condition.is_symmetric, tree_size(query.start))
 
-    def apply(
-        self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
-    ) -> PyTree[Array]:
-        rule = Implicit(_minimum_norm_solver(is_gradient(rewrite_fn), size=None))
-        return rule.apply(primal_fn, rewrite_fn, inputs, tags)
+    def attach_to_call(self, call: Call) -> tuple[PyTree[Array], PyTree]:
+        rule = Implicit(_minimum_norm_solver(call.is_symmetric, size=None))
+        return rule.attach_to_call(call)
 
 
 Found = tuple[PyTree, PyTree | None, LinearSolution, Bool[Array, ""]]

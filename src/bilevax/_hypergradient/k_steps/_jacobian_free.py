@@ -1,6 +1,5 @@
 """Jacobian-free backpropagation: the identity in place of the inner Jacobian."""
 
-from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Array, PyTree, Scalar
@@ -9,7 +8,8 @@ from ..._checks import check_step_size
 from ..._problem import AbstractCondition
 from .._at_solution import AbstractAtSolution, Adjoint, Solved
 from .._base import HypergradientState, Query
-from ._series import StepSeries, adjoint_by_series, apply_series, attach_series
+from .._call import Call
+from ._series import StepSeries, adjoint_by_series, attach_series, series_of_call
 
 
 class JacobianFree(AbstractAtSolution):
@@ -65,14 +65,10 @@ class JacobianFree(AbstractAtSolution):
         del inner_state
         return attach_series(self._series(query.condition), query, x, throw, failed)
 
-    def apply(
-        self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
-    ) -> PyTree[Array]:
-        del tags
-        if rewrite_fn.__module__.endswith("._root_find"):
+    def attach_to_call(self, call: Call) -> tuple[PyTree[Array], PyTree]:
+        if call.kind == "root_find":
             _refuse_root()
-        series = self._of_step(rewrite_fn.__module__.endswith("._fixed_point"))
-        return apply_series(series, primal_fn, rewrite_fn, inputs)
+        return series_of_call(self._of_step(call.kind == "fixed_point"), call)
 
     def _series(self, condition: AbstractCondition) -> StepSeries:
         is_fixed_point = condition.iteration is not None

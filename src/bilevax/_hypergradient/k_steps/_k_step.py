@@ -1,6 +1,5 @@
 """K-step differentiation: only K more steps of the inner algorithm."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,8 +11,15 @@ from ..._inner._optimistix import Optimistix
 from ..._problem import AbstractCondition
 from .._at_solution import AbstractAtSolution, Adjoint, Solved
 from .._base import Estimate, HypergradientState, Query
-from ._own_steps import apply_steps, estimate_by_steps, has_own_steps, solution_by_steps, unwrapped
-from ._series import StepSeries, adjoint_by_series, apply_series, attach_series
+from .._call import Call
+from ._own_steps import (
+    estimate_by_steps,
+    has_own_steps,
+    solution_by_steps,
+    steps_of_call,
+    unwrapped,
+)
+from ._series import StepSeries, adjoint_by_series, attach_series, series_of_call
 
 
 class KStep(AbstractAtSolution):
@@ -101,15 +107,10 @@ class KStep(AbstractAtSolution):
         del inner_state
         return attach_series(self._series_of(query), query, x, throw, failed)
 
-    def apply(
-        self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
-    ) -> PyTree[Array]:
-        del tags
-        solver = inputs[1]
-        if self._takes_own_steps(solver):
-            return apply_steps(self.num_steps, primal_fn, inputs)
-        kind = rewrite_fn.__module__.rpartition("._")[2]
-        return apply_series(self._series(kind, solver), primal_fn, rewrite_fn, inputs)
+    def attach_to_call(self, call: Call) -> tuple[PyTree[Array], PyTree]:
+        if self._takes_own_steps(call.solver):
+            return steps_of_call(self.num_steps, call)
+        return series_of_call(self._series(call.kind, call.solver), call)
 
     def _takes_own_steps(self, solver: Any) -> bool:
         return self.step_size is None and has_own_steps(solver)

@@ -19,6 +19,7 @@ from ..._raise import or_fail
 from ..._results import RESULTS
 from ..._tree import lax_while_loop, stop_gradient, tree_all_finite, tree_dtype, tree_norm
 from .._base import Estimate, HypergradientState, Query, as_stats
+from .._call import Call, unwrapped
 from ._series import MOST_LEFT, geometric_remainder, warn_of_what_is_left
 
 Step = Callable[[PyTree], PyTree]
@@ -32,12 +33,6 @@ def has_own_steps(solver: AbstractInnerSolver | optx.AbstractIterativeSolver) ->
     """Whether more of its own steps can be taken, and differentiated."""
     solver = solver.solver if isinstance(solver, Optimistix) else solver
     return isinstance(unwrapped(solver), (Descent, *_OWN))
-
-
-def unwrapped(solver: object) -> object:
-    """The solver inside Optimistix' adapters from one kind of problem to another."""
-    name = type(solver).__name__
-    return getattr(solver, "solver", solver) if name in ("_MinimToRoot", "_LstsqToRoot") else solver
 
 
 def estimate_by_steps(
@@ -95,14 +90,14 @@ def solution_by_steps(num_steps: int, query: Query, throw: bool) -> PyTree[Array
     return or_fail(x, result, throw)
 
 
-def apply_steps(
-    num_steps: int, primal_fn: Callable, inputs: PyTree, *, keep_x: bool = False
-) -> PyTree[Array]:
+def steps_of_call(
+    num_steps: int, call: Call, *, keep_x: bool = False
+) -> tuple[PyTree[Array], PyTree]:
     """An Optimistix solve with K more turns of its own loop.
 
     With `keep_x` they move only the derivative of x.
     """
-    body, carry = loop_at_end(primal_fn, inputs)
+    body, carry = loop_at_end(call)
 
     def more_steps(cond_fun: Callable, body_fun: Step, init_val: PyTree, **_: object) -> PyTree:
         del cond_fun, init_val
@@ -110,13 +105,13 @@ def apply_steps(
         # The evidence is that of the solve.
         return (derivative_of(x, carry[0]) if keep_x else x, *carry[1:])
 
-    return primal_fn((*inputs, more_steps))
+    return call.run(call.inputs, more_steps)
 
 
-def loop_at_end(primal_fn: Callable, inputs: PyTree) -> tuple[Step, PyTree]:
+def loop_at_end(call: Call) -> tuple[Step, PyTree]:
     """The step of an Optimistix solve and its last carry, both as constants.
 
-    `primal_fn` is a loop over steps that hands its `while_loop` everything but the inputs.
+    The call is a loop over steps that hands its `while_loop` everything but the inputs.
     """
     seen: list[tuple[Step, PyTree]] = []
 
@@ -125,7 +120,7 @@ def loop_at_end(primal_fn: Callable, inputs: PyTree) -> tuple[Step, PyTree]:
         seen.append((body_fun, final))
         return final
 
-    primal_fn((*stop_gradient(inputs), find_end))
+    call.run(stop_gradient(call.inputs), find_end)
     return seen[0]
 
 

@@ -1,7 +1,6 @@
 """SAMA: the derivative of an adaptive update in place of the inverse Hessian."""
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,11 +16,12 @@ from ..._inner._optimistix import Optimistix
 from ..._problem import AbstractCondition, Minimum
 from ..._tree import stop_gradient, tree_dot, tree_norm, tree_sub, tree_zeros_like
 from .._base import AbstractHypergradient, Estimate, HypergradientState, Query, as_stats
+from .._call import Call
 from .._point import point
 from ._own_steps import (
-    apply_steps,
     derivative_of,
     run_to_end,
+    steps_of_call,
     steps_outcome,
     take_steps,
     what_is_left,
@@ -135,14 +135,9 @@ class SAMA(AbstractHypergradient):
         moved, *_ = take_steps(step, fixed_step, carry, 1, throw, is_rough=True)
         return derivative_of(moved, carry[0])
 
-    def apply(
-        self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
-    ) -> PyTree[Array]:
-        del rewrite_fn, tags
-        fn, solver, *rest = inputs
-        _check_optimiser(solver)
-        inputs = (fn, stop_gradient(solver), *rest)
-        return apply_steps(1, primal_fn, inputs, keep_x=True)
+    def attach_to_call(self, call: Call) -> tuple[PyTree[Array], PyTree]:
+        _check_optimiser(call.solver)
+        return steps_of_call(1, call.with_constant_solver(), keep_x=True)
 
 
 def _shifted_step(

@@ -15,7 +15,6 @@ from ..._linear._common import find_step_size
 from ..._raise import warn_above
 from ..._results import RESULTS
 from ..._tree import (
-    lax_while_loop,
     stop_gradient,
     tree_dtype,
     tree_norm,
@@ -26,8 +25,9 @@ from ..._tree import (
 )
 from .._at_solution import Adjoint
 from .._base import Query
+from .._call import Call
 from .._point import Point
-from ..implicit._implicit import is_gradient, solved_or_fail
+from ..implicit._implicit import solved_or_fail
 from ..implicit._implicit_function import System, attach_derivative
 
 # A residual above this is worse than no answer at all, which has one.
@@ -150,18 +150,16 @@ def attach_series(
     )
 
 
-def apply_series(
-    series: StepSeries, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree
-) -> PyTree[Array]:
+def series_of_call(series: StepSeries, call: Call) -> tuple[PyTree[Array], PyTree]:
     """An Optimistix solve, differentiable by `series`."""
-    x, rest = stop_gradient(primal_fn((*stop_gradient(inputs), lax_while_loop)))
+    x, rest = call.constant()
     # Optimistix' residual of a fixed point is T(x) - x, whose derivative is negative.
-    sign = -1.0 if rewrite_fn.__module__.endswith("._fixed_point") else 1.0
+    sign = -1.0 if call.kind == "fixed_point" else 1.0
 
     def residual(x: PyTree, inputs: PyTree) -> PyTree:
-        return tree_scale(sign, rewrite_fn(x, None, inputs))
+        return tree_scale(sign, call.residual(x, inputs))
 
-    return _attach(series, residual, inputs, x, is_gradient(rewrite_fn), True), rest
+    return _attach(series, residual, call.inputs, x, call.is_symmetric, True), rest
 
 
 def _attach(

@@ -1,6 +1,7 @@
 """Forward mode: the exact derivative of the steps, carried along with them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import equinox as eqx
@@ -17,16 +18,16 @@ from ..._results import RESULTS
 from ..._tree import (
     flat_to_tree,
     is_symbolic,
-    lax_while_loop,
     stop_gradient,
     tree_all_finite,
     tree_basis,
     tree_size,
 )
 from .._base import AbstractHypergradient, Estimate, HypergradientState, Query, as_stats
+from .._call import Call
 from .._derivative import refuse_backward, unmoved
 from ._agreement import convergence, judged
-from ._watched import Steps, residual_of, steps_of_call, watched
+from ._watched import Steps, residual_of, watched, watched_call
 
 
 class ForwardMode(AbstractHypergradient):
@@ -139,18 +140,9 @@ class ForwardMode(AbstractHypergradient):
         result = RESULTS.where(tree_all_finite(x), RESULTS.successful, RESULTS.nonfinite)
         return or_fail(x, result, throw)
 
-    def apply(
-        self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
-    ) -> PyTree[Array]:
-        del tags
-        if self.num_steps is not None:
-            max_steps = self.num_steps if inputs[5] is None else min(inputs[5], self.num_steps)
-            inputs = (*inputs[:5], max_steps, *inputs[6:])
-
-        def run(inputs: PyTree) -> tuple[PyTree, PyTree]:
-            return self._attach(lambda inputs: primal_fn((*inputs, lax_while_loop)), inputs)
-
-        return watched(steps_of_call(run, rewrite_fn, inputs), inputs, inputs[2], throw=True)
+    def attach_to_call(self, call: Call) -> tuple[PyTree[Array], PyTree]:
+        call = call.at_most(self.num_steps)
+        return watched_call(call, partial(self._attach, call.run))
 
     def _run(
         self,

@@ -21,10 +21,11 @@ from ..._problem import AbstractCondition, start_at
 from ..._results import RESULTS, first_failure
 from ..._tree import checkpointed_while_loop, lax_while_loop, stop_gradient, tree_norm
 from .._base import Estimate, HypergradientState, Query, as_stats
+from .._call import Call
 from ._agreement import LARGEST_ERROR, LARGEST_TRUNCATION
 from ._through_steps import AbstractThroughSteps, Unrolling, estimate_through, repeat_until_done
 from ._unrolled import Unrolled
-from ._watched import steps_of_call, watched
+from ._watched import watched_call
 
 
 class Truncated(AbstractThroughSteps):
@@ -96,20 +97,16 @@ class Truncated(AbstractThroughSteps):
     def differentiates_start(self) -> bool:
         return False
 
-    def apply(
-        self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
-    ) -> PyTree[Array]:
-        del tags
-        _check_every_step_moves(inputs[1])
-        steps = steps_of_call(partial(self._run, primal_fn), rewrite_fn, inputs)
-        return watched(steps, inputs, inputs[2], True, self._largest_error)
+    def attach_to_call(self, call: Call) -> tuple[PyTree[Array], PyTree]:
+        _check_every_step_moves(call.solver)
+        return watched_call(call, partial(self._run, call), self._largest_error)
 
-    def _run(self, primal_fn: Callable, inputs: PyTree) -> tuple[PyTree, PyTree]:
+    def _run(self, call: Call, inputs: PyTree) -> tuple[PyTree, PyTree]:
         """A call of Optimistix, its last steps differentiated."""
         num_last = self.num_steps
         if not isinstance(num_last, int):
-            return primal_fn((*inputs, self._while_loop))
-        # 1. All steps as constants, remembering where the last K begin. `primal_fn` is a
+            return call.run(inputs, self._while_loop)
+        # 1. All steps as constants, remembering where the last K begin. The call is a
         # loop over steps that hands its `while_loop` everything but the inputs.
         last_steps: list[PyTree] = []
 
@@ -129,7 +126,7 @@ class Truncated(AbstractThroughSteps):
             last_steps.append(stop_gradient(start))
             return final
 
-        primal_fn((*stop_gradient(inputs), find_start))
+        call.run(stop_gradient(inputs), find_start)
 
         # 2. The last K again, differentiated.
         def differentiate(
@@ -145,7 +142,7 @@ class Truncated(AbstractThroughSteps):
                 checkpoints=num_checkpoints(self.checkpoints, body_fun, last_steps[0], length),
             )
 
-        return primal_fn((*inputs, differentiate))
+        return call.run(inputs, differentiate)
 
     def differentiable_estimate(
         self, query: Query, state: HypergradientState

@@ -14,9 +14,10 @@ from ..._loop._scan import Checkpoints, check_checkpoints, num_checkpoints
 from ..._problem import AbstractCondition, start_at
 from ..._tree import checkpointed_while_loop, stop_gradient
 from .._base import Estimate, HypergradientState, Query, estimate_of
+from .._call import Call
 from .._derivative import refuse_backward, refuse_derivative, unmoved
 from ._through_steps import AbstractThroughSteps, Unrolling, estimate_through, repeat_until_done
-from ._watched import steps_of_call, watched
+from ._watched import watched_call
 
 
 class Unrolled(AbstractThroughSteps):
@@ -94,21 +95,15 @@ class Unrolled(AbstractThroughSteps):
     def differentiates_start(self) -> bool:
         return True
 
-    def apply(
-        self, primal_fn: Callable, rewrite_fn: Callable, inputs: PyTree, tags: frozenset[object]
-    ) -> PyTree[Array]:
-        max_steps = inputs[5]
-        if self.num_steps is not None:
-            max_steps = self.num_steps if max_steps is None else min(max_steps, self.num_steps)
-        if max_steps is None:
+    def attach_to_call(self, call: Call) -> tuple[PyTree[Array], PyTree]:
+        call = call.at_most(self.num_steps)
+        if call.max_steps is None:
             raise ValueError(
                 "To unroll a solve its number of steps must be bounded: pass max_steps=..., or "
                 "Unrolled(num_steps=...)."
             )
-        inputs = (*inputs[:5], max_steps, *inputs[6:])
         loop = partial(_while_loop, checkpoints=self.checkpoints)
-        steps = steps_of_call(lambda inputs: primal_fn((*inputs, loop)), rewrite_fn, inputs)
-        return watched(steps, inputs, inputs[2], throw=True)
+        return watched_call(call, partial(call.run, loop=loop))
 
     def estimate(
         self, query: Query, state: HypergradientState

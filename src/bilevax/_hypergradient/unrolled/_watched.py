@@ -31,8 +31,8 @@ from ..._tree import (
     tree_zeros_like,
     where_needed,
 )
+from .._call import Call
 from .._sharded import varying
-from ..implicit._implicit import is_gradient
 from ._agreement import LARGEST_ERROR, Convergence, convergence, disagreement, implied
 from ._looking import looking
 
@@ -89,13 +89,12 @@ def residual_of(x: PyTree, args: tuple) -> PyTree:
     return condition.residual_here(x, theta)
 
 
-def steps_of_call(
-    run: Callable[[PyTree], tuple[PyTree, PyTree]], rewrite_fn: Callable, inputs: PyTree
-) -> Steps:
-    """Those of a call of Optimistix, whose residual does not look at what else it returns."""
-    return Steps(
-        run, lambda x, inputs: rewrite_fn(x, None, inputs), is_gradient(rewrite_fn), inputs[1]
-    )
+def watched_call(
+    call: Call, run: Callable[[PyTree], tuple[PyTree, PyTree]], largest: float = LARGEST_ERROR
+) -> tuple[PyTree, PyTree]:
+    """`run(inputs)` of a call of Optimistix, watched."""
+    steps = Steps(run, call.residual, call.is_symmetric, call.solver)
+    return watched(steps, call.inputs, call.x0, True, largest)
 
 
 class _At(NamedTuple):
