@@ -70,7 +70,8 @@ class Call(NamedTuple):
         return self.rewrite_fn(x, None, inputs)
 
 
-def unwrapped(solver: object) -> object:
-    """The solver inside Optimistix' adapters from one kind of problem to another."""
+def algorithm_of(solver: Any) -> Any:
+    """What makes the steps of a solver of ours, or of Optimistix' inside its own adapters."""
+    solver = getattr(solver, "algorithm", solver)
     name = type(solver).__name__
     return getattr(solver, "solver", solver) if name in ("_MinimToRoot", "_LstsqToRoot") else solver

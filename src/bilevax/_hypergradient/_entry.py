@@ -14,9 +14,9 @@ import optax
 from jaxtyping import PyTree
 
 from .._calls import naming
+from .._inner._base import AbstractInnerSolver
 from .._inner._default import as_inner_solver
 from .._inner._explain import explain
-from .._inner._external import External
 from .._jit import lean_jit
 from .._problem import (
     AbstractCondition,
@@ -121,9 +121,8 @@ def _hypergradient(
         state = _init(problem, inner_solver, rule, x0, theta)
     else:
         x0 = state.x
-    if isinstance(inner_solver, External) and not is_traced((problem, x0, theta)):
-        x0 = run_on_host(problem, inner_solver, x0, theta)
-        inner_solver = inner_solver.as_given()
+    if getattr(inner_solver, "needs_host", False) and not is_traced((problem, x0, theta)):
+        inner_solver, x0 = run_on_host(problem, inner_solver, x0, theta)
     estimate, new_state = locating(
         partial(_estimate, problem, inner_solver, rule, x0, theta, state),
         *(problem, inner_solver, x0, theta),
@@ -295,11 +294,13 @@ def raise_failure(estimate: Any) -> Any:
     raise SolveError(f"{RESULTS[result]} [{numbers}; pass throw=False to get it anyway]", result)
 
 
-def run_on_host(problem: Bilevel, solver: External, x0: PyTree, theta: PyTree) -> PyTree:
-    """The black box's answer, in the user's own structure, between compiled parts."""
+def run_on_host(
+    problem: Bilevel, solver: AbstractInnerSolver, x0: PyTree, theta: PyTree
+) -> tuple[AbstractInnerSolver, PyTree]:
+    """The solver for the program, and what the host has found, in the user's own structure."""
     bound, start, theta_arrays = prepare(problem, x0, theta)
-    x = solver.on_host(bound.inner, start_at(start, theta_arrays), theta_arrays)
-    return as_arrays(restore(bound.inner, x, theta_arrays)[0])
+    solver, x = solver.before(bound.inner, start_at(start, theta_arrays), theta_arrays)
+    return solver, restore(bound.inner, x, theta_arrays)[0]
 
 
 @lean_jit

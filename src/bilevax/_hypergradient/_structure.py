@@ -9,11 +9,9 @@ from typing import Any
 
 import jax
 import jax.tree_util as jtu
-import optax
 from jaxtyping import PyTree
 
 from .._inner._base import AbstractInnerSolver
-from .._inner._descent import Descent
 from .._problem import Bilevel, is_start_function, start_at
 
 _BOTH = "neither the inner problem (its derivative in x) nor the outer objective depends on it"
@@ -48,7 +46,7 @@ def warn_of_structure(
             "The outer objective does not depend on x: the inner problem plays no part in the "
             "hypergradient. `outer` is called with (x, theta), the inner solution first."
         )
-    if not _may_use_theta(solver):
+    if not solver.may_use_theta:
         uses = [_needed(inner)[num_x:], by_outer[num_x:]]
         by_start = _needed(start) if is_start_function(x0) else [False] * len(uses[0])
         _warn_of_zeros(theta, uses, by_start, differentiates_start)
@@ -89,13 +87,6 @@ def _some(names: list[str]) -> str:
 
 def _warn(text: str) -> None:
     warnings.warn(text, UserWarning, stacklevel=2)
-
-
-def _may_use_theta(solver: AbstractInnerSolver) -> bool:
-    """Whether theta may reach the steps by another way than the inner function."""
-    if isinstance(solver, Descent):
-        return not isinstance(solver.optimizer, optax.GradientTransformation)
-    return type(solver).__module__.split(".")[0] != __name__.split(".")[0]
 
 
 def _needed(jaxpr: Any, wanted: list[bool] | None = None) -> list[bool]:

@@ -1,7 +1,7 @@
 """Inner solvers: `condition, x0, theta -> InnerSolution`."""
 
 import abc
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -62,13 +62,30 @@ class AbstractInnerSolver(OneLine, eqx.Module):
 
     # Whether it finds x at any theta within a compiled program.
     solves_anywhere: ClassVar[bool] = True
+    # Whether the host solves for x, before each compiled program that needs it.
+    needs_host: ClassVar[bool] = False
+
+    @property
+    def in_program(self) -> "AbstractInnerSolver":
+        """The solver inside a compiled program, for which the host has done its part."""
+        return self
 
     def before(
         self, condition: AbstractCondition, x0: PyTree, theta: PyTree
     ) -> "tuple[AbstractInnerSolver, PyTree]":
-        """The solver for compiled code, and its start, after the host has done its part."""
+        """`in_program`, and its start, after the host has done its part."""
         del condition, theta
-        return self, x0
+        return self.in_program, x0
+
+    @property
+    def algorithm(self) -> Any:
+        """What makes the steps: this solver, or the one that it wraps."""
+        return self
+
+    @property
+    def may_use_theta(self) -> bool:
+        """Whether theta may reach the steps by another way than the condition."""
+        return type(self).__module__.split(".")[0] != __name__.split(".")[0]
 
     @abc.abstractmethod
     def init(self, condition: AbstractCondition, x0: PyTree, theta: PyTree) -> PyTree:
@@ -107,6 +124,14 @@ class AbstractSteppingSolver(AbstractInnerSolver):
     @abc.abstractmethod
     def is_fixed_length(self) -> bool:
         """Whether it always takes exactly `max_steps` steps."""
+
+    def endless(self, carry: PyTree[Array]) -> "tuple[AbstractSteppingSolver, PyTree[Array]]":
+        """The solver without its stopping test, and its carry, for steps beyond the last.
+
+        A step that finds itself at the tolerance is none: it leaves x where it is, and its
+        derivative says that theta has no influence.
+        """
+        return self, carry
 
     @abc.abstractmethod
     def start(

@@ -169,7 +169,7 @@ class Descent(AbstractSteppingSolver):
         optimizer_state = self._resumed(state, x0, theta)
         rtol = self.rtol
         if not self._has_tolerance:
-            if self.batches is not None or not is_quasi_newton(optimizer_state):
+            if self.batches is not None or not _has_pairs(optimizer_state):
                 return x0, optimizer_state
             # Where only rounding is left of the gradient, the differences of which such an
             # optimiser learns are 0/0: it rests there, and so does the derivative of x.
@@ -245,6 +245,21 @@ class Descent(AbstractSteppingSolver):
         return self.rtol is not None or self.atol is not None
 
     @property
+    def may_use_theta(self) -> bool:
+        return not isinstance(self.optimizer, optax.GradientTransformation)
+
+    def is_quasi_newton(self, x0: PyTree) -> bool:
+        """Whether a step builds on differences of those before."""
+        if self.may_use_theta:
+            return False
+        return _has_pairs(jax.eval_shape(self._optimizer(None).init, x0))
+
+    def endless(self, carry: PyTree[Array]) -> tuple["Descent", PyTree[Array]]:
+        if self.is_fixed_length:
+            return self, carry
+        return dataclasses.replace(self, rtol=None, atol=None), carry[:2]
+
+    @property
     def is_repeatable(self) -> bool:
         return not self.carry_state and (self.batches is None or self.restart_batches)
 
@@ -277,7 +292,7 @@ def _counted_alike(new: Array, old: Array) -> Array:
     return new.astype(old.dtype) if is_count else new
 
 
-def is_quasi_newton(optimizer_state: PyTree) -> bool:
+def _has_pairs(optimizer_state: PyTree) -> bool:
     """Whether part of an Optax state is the memory of L-BFGS."""
     kind = optax.ScaleByLBFGSState
     leaves = jax.tree_util.tree_leaves(optimizer_state, is_leaf=lambda s: isinstance(s, kind))

@@ -113,6 +113,7 @@ class External(AbstractInnerSolver):
     """
 
     solves_anywhere: ClassVar[bool] = False
+    needs_host: ClassVar[bool] = True
 
     fn: Callable = eqx.field(converter=OnHost)
     rtol: float | None = None
@@ -144,9 +145,10 @@ class External(AbstractInnerSolver):
         self, condition: AbstractCondition, x0: PyTree, theta: PyTree
     ) -> tuple[Given, PyTree]:
         answer = self.on_host(condition, x0, theta)
-        return self.as_given(), jtu.tree_map(jnp.asarray, answer)
+        return self.in_program, jtu.tree_map(jnp.asarray, answer)
 
-    def as_given(self) -> Given:
+    @property
+    def in_program(self) -> Given:
         """The check that remains once the black box has run."""
         return Given(self.rtol, self.atol)
 

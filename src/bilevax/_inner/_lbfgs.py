@@ -1,7 +1,7 @@
 """Limited-memory BFGS that stops on the gradient."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -92,6 +92,13 @@ class LBFGS(AbstractMeasuredMinimiser):
         self.atol = atol
         self.history_length = history_length
 
+    # Its steps are cheap, and there are many.
+    usual_max_steps: ClassVar[int] = 5000
+
+    def empty_memory(self, y: PyTree[Array]) -> History:
+        """The pairs before the first step, which a preconditioner takes over."""
+        return empty_history(y, self.history_length)
+
     def init(
         self,
         fn: Callable,
@@ -108,7 +115,7 @@ class LBFGS(AbstractMeasuredMinimiser):
             y_eval=y,
             y0=y,
             gradient=tree_zeros_like(y),
-            history=empty_history(y, self.history_length),
+            history=self.empty_memory(y),
             aux=empty_aux(aux_struct),
             f=one,
             residual=one,

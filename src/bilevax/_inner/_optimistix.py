@@ -25,8 +25,6 @@ from .._tree import (
 )
 from ._base import ROUNDING, AbstractSteppingSolver, Counts, InnerSolution, measure, run
 from ._kinks import flag_kink
-from ._lbfgs import LBFGS
-from ._lbfgs_history import empty_history
 from ._measured import AbstractMeasuredMinimiser
 from ._nelder_mead import ranked, simplex_around
 from ._own_scale import norm
@@ -108,16 +106,19 @@ class Optimistix(AbstractSteppingSolver):
                 "`Optimistix` wraps a solver of Optimistix such as optx.BFGS(...); got "
                 f"{type(solver).__name__}."
             )
-        if max_steps is None:
-            max_steps = _MAX_CHEAP_STEPS if isinstance(solver, LBFGS) else _MAX_STEPS
-        check_positive(max_steps, "max_steps")
+        usual: int = getattr(solver, "usual_max_steps", _MAX_STEPS)
         self.solver = solver
-        self.max_steps = max_steps
+        self.max_steps = usual if max_steps is None else max_steps
+        check_positive(self.max_steps, "max_steps")
         self.rtol = rtol
         self.atol = atol
         self.options = {} if options is None else as_arrays(dict(options))
         is_bare = isinstance(fallback, optx.AbstractIterativeSolver)
         self.fallback = Optimistix(fallback) if is_bare else fallback
+
+    @property
+    def algorithm(self) -> optx.AbstractIterativeSolver:
+        return self.solver
 
     @property
     def is_fixed_length(self) -> bool:
@@ -142,9 +143,8 @@ class Optimistix(AbstractSteppingSolver):
 
     def init(self, condition: AbstractCondition, x0: PyTree, theta: PyTree) -> PyTree:
         del condition, theta
-        if not isinstance(self.solver, LBFGS):
-            return None
-        return empty_history(x0, self.solver.history_length)
+        empty = getattr(self.solver, "empty_memory", None)
+        return None if empty is None else empty(x0)
 
     def start(
         self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: PyTree
@@ -266,7 +266,7 @@ class Optimistix(AbstractSteppingSolver):
 
     def _memory(self, carry: PyTree[Array]) -> PyTree:
         """What a preconditioner of the adjoint system can use: the pairs of `LBFGS`."""
-        return carry[1].history if isinstance(self.solver, LBFGS) else None
+        return carry[1].history if hasattr(self.solver, "empty_memory") else None
 
     def _postprocess(
         self, condition: AbstractCondition, theta: PyTree, carry: PyTree[Array]
@@ -307,7 +307,7 @@ def go_on(
 
 
 _TAGS: frozenset[object] = frozenset()
-_MAX_STEPS, _MAX_CHEAP_STEPS = 1_000, 5_000
+_MAX_STEPS = 1_000
 # More than `measure` takes for rounding, because the search has found nothing better.
 _GIVEN_UP = 10
 

@@ -15,8 +15,8 @@ from .._hypergradient.implicit._implicit import Implicit
 from .._hypergradient.implicit._minimum_norm import MinimumNorm
 from .._inner._base import AbstractInnerSolver
 from .._inner._default import as_inner_solver
-from .._inner._external import External, wherever
-from .._problem import Bilevel, as_arrays, is_start_function, start_at
+from .._inner._external import wherever
+from .._problem import Bilevel, is_start_function, start_at
 from .._tree import tree_where, tree_zeros_like
 from ._base import AbstractMethod
 from ._evaluation import Evaluation, Place
@@ -119,7 +119,7 @@ class DoubleLoop(AbstractMethod):
             raise ValueError(
                 f"`start` must be 'warm', 'cold' or 'predicted', or None; got {start!r}."
             )
-        if start == "predicted" and isinstance(inner_solver, External):
+        if start == "predicted" and _needs_host(inner_solver):
             raise ValueError(
                 "start='predicted' needs an inner solver that JAX can see; External has "
                 "start='warm' or start='cold'."
@@ -154,18 +154,15 @@ class DoubleLoop(AbstractMethod):
 
     @property
     def needs_host(self) -> bool:
-        return isinstance(self.inner_solver, External)
+        return _needs_host(self.inner_solver)
 
     def on_host(
         self, problem: Bilevel, x0: PyTree, state: "DoubleLoopState", is_last: bool
     ) -> "DoubleLoopState":
-        if not isinstance(self.inner_solver, External):
-            return state
-        point = (
-            state.theta if is_last else self.optimizer.next_point(state.theta, state.move.optimizer)
-        )
+        at = state.move
+        point = at.theta if is_last else self.optimizer.next_point(at.theta, at.optimizer)
         start = start_at(x0, point) if self.start == "cold" else state.x
-        x = as_arrays(self.inner_solver.on_host(problem.inner, start, point))
+        _, x = self.inner_solver.before(problem.inner, start, point)
         return eqx.tree_at(lambda s: s.hypergradient.x, state, x)
 
     def init(self, problem: Bilevel, x0: PyTree, theta: PyTree) -> "DoubleLoopState":
@@ -256,9 +253,7 @@ class DoubleLoop(AbstractMethod):
         self, problem: Bilevel, x: PyTree, num_steps: Int[Array, ""]
     ) -> tuple[AbstractInnerSolver, AbstractHypergradient]:
         """Inner solver and rule, with the tolerances of this step."""
-        solver = as_inner_solver(self.inner_solver, problem.inner, x)
-        if isinstance(solver, External):  # the host has run it
-            solver = solver.as_given()
+        solver = as_inner_solver(self.inner_solver, problem.inner, x).in_program
         if self.tolerances is None:
             return solver, self.hypergradient
         tolerances = self.tolerances.tolerances(num_steps, x)
@@ -314,6 +309,10 @@ class DoubleLoopState(eqx.Module):
     def x(self) -> PyTree[Array]:
         """The inner solution of the last evaluation."""
         return self.hypergradient.x
+
+
+def _needs_host(inner_solver: Any) -> bool:
+    return getattr(inner_solver, "needs_host", False)
 
 
 def _next_anchor(

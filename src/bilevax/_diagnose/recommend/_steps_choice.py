@@ -8,7 +8,6 @@ from ..._hypergradient._base import AbstractHypergradient
 from ..._hypergradient.unrolled._forward_mode import ForwardMode
 from ..._hypergradient.unrolled._unrolled import Unrolled
 from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver
-from ..._inner._descent import Descent
 from ..._loop._budget import MemoryBudget
 from ..._problem import is_start_function
 from ..._tree import tree_size
@@ -26,7 +25,7 @@ def depends_on_path(solver: AbstractInnerSolver, x0: PyTree, inner: Inner) -> st
     # A solver that goes on until it has converged forgets where it began.
     if is_start_function(x0) and (solver.is_fixed_length or inner.cross_norm == 0):
         return "the start of the inner steps is a function of theta"
-    if isinstance(solver, Descent) and _is_learned(solver.optimizer):
+    if solver.may_use_theta:
         return "the inner optimiser is a function of theta"
     if inner.cross_norm == 0 and inner.moves_steps:
         return "theta changes the steps and not the solution (the cross term B is zero)"
@@ -64,10 +63,6 @@ def choose_steps(
         rule = Unrolled()
         reason = f"{why}; {num_steps:,} states would take {_size(states)}, so few are kept"
     return Choice(rule, reason, warning, measured, costs)
-
-
-def _is_learned(optimizer: Any) -> bool:
-    return not hasattr(optimizer, "update")
 
 
 def _size(num_bytes: float) -> str:

@@ -7,17 +7,15 @@ import optimistix as optx
 from jaxtyping import Array, PyTree, Scalar
 
 from ..._checks import check_positive, check_step_size
-from ..._inner._optimistix import Optimistix
 from ..._problem import AbstractCondition
 from .._at_solution import AbstractAtSolution, Adjoint, Solved
 from .._base import Estimate, HypergradientState, Query
-from .._call import Call
+from .._call import Call, algorithm_of
 from ._own_steps import (
     estimate_by_steps,
     has_own_steps,
     solution_by_steps,
     steps_of_call,
-    unwrapped,
 )
 from ._series import StepSeries, adjoint_by_series, attach_series, series_of_call
 
@@ -119,7 +117,7 @@ class KStep(AbstractAtSolution):
         return self._series(_kind(query.condition), query.inner_solver)
 
     def _series(self, kind: str, solver: Any) -> StepSeries:
-        solver = unwrapped(solver.solver if isinstance(solver, Optimistix) else solver)
+        solver = algorithm_of(solver)
         step_size = self.step_size
         if step_size is None and kind == "fixed_point":
             is_damped = isinstance(solver, optx.FixedPointIteration)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -13,13 +12,12 @@ from jaxtyping import Array, PyTree
 
 from ..._inner._base import AbstractInnerSolver, Counts, run
 from ..._inner._descent import Descent
-from ..._inner._optimistix import Optimistix
 from ..._loop._scan import repeat
 from ..._raise import or_fail
 from ..._results import RESULTS
 from ..._tree import lax_while_loop, stop_gradient, tree_all_finite, tree_dtype, tree_norm
 from .._base import Estimate, HypergradientState, Query, as_stats
-from .._call import Call, unwrapped
+from .._call import Call, algorithm_of
 from ._series import MOST_LEFT, geometric_remainder, warn_of_what_is_left
 
 Step = Callable[[PyTree], PyTree]
@@ -31,8 +29,7 @@ _OWN = (optx.OptaxMinimiser, optx.Newton, optx.Chord)
 
 def has_own_steps(solver: AbstractInnerSolver | optx.AbstractIterativeSolver) -> bool:
     """Whether more of its own steps can be taken, and differentiated."""
-    solver = solver.solver if isinstance(solver, Optimistix) else solver
-    return isinstance(unwrapped(solver), (Descent, *_OWN))
+    return isinstance(algorithm_of(solver), (Descent, *_OWN))
 
 
 def estimate_by_steps(
@@ -131,14 +128,7 @@ def run_to_end(query: Query, state: PyTree) -> tuple[Any, PyTree, Array]:
     carry = solver.start(condition, stop_gradient(query.start), theta, state)
     carry, count = run(solver, condition, theta, carry)
     carry = stop_gradient(carry)
-    if isinstance(solver, Descent) and not solver.is_fixed_length:
-        # A step that finds itself at the tolerance is none: it leaves x where it is, and
-        # its derivative says that theta has no influence.
-        solver = eqx.tree_at(
-            lambda s: (s.rtol, s.atol), solver, (None, None), is_leaf=lambda leaf: leaf is None
-        )
-        carry = carry[:2]
-    return solver, carry, count
+    return *solver.endless(carry), count
 
 
 def take_steps(

@@ -12,11 +12,10 @@ from jaxtyping import Array, PyTree
 
 from ..._inner._base import AbstractSteppingSolver, Counts
 from ..._inner._descent import Descent
-from ..._inner._optimistix import Optimistix
 from ..._problem import AbstractCondition, Minimum
 from ..._tree import stop_gradient, tree_dot, tree_norm, tree_sub, tree_zeros_like
 from .._base import AbstractHypergradient, Estimate, HypergradientState, Query, as_stats
-from .._call import Call
+from .._call import Call, algorithm_of
 from .._point import point
 from ._own_steps import (
     derivative_of,
@@ -163,7 +162,7 @@ def _shifted(condition: AbstractCondition, shift: PyTree) -> Minimum:
 
 def _check_optimiser(solver: Any) -> Any:
     """Raise unless each step is an update of an Optax optimiser."""
-    bare = solver.solver if isinstance(solver, Optimistix) else solver
+    bare = algorithm_of(solver)
     if not isinstance(bare, Descent | optx.OptaxMinimiser):
         raise TypeError(
             "`SAMA` differentiates the update of an Optax optimiser, and "

@@ -13,7 +13,6 @@ from jaxtyping import Array, PyTree
 from ..._checks import check_positive, check_tolerance
 from ..._inner._base import AbstractSteppingSolver, Counts, run
 from ..._inner._measured import AbstractMeasuredMinimiser
-from ..._inner._optimistix import Optimistix
 from ..._loop._adaptive import repeat_until_negligible
 from ..._loop._probe import Probe, check_growth
 from ..._loop._scan import Checkpoints, check_checkpoints, num_checkpoints
@@ -169,8 +168,7 @@ class Truncated(AbstractThroughSteps):
         if self._takes_all(solver):
             whole = Unrolled(checkpoints=self.checkpoints)
             return whole.unroll(condition, solver, x0, theta, state, probe)
-        if isinstance(solver, Optimistix):
-            _check_every_step_moves(solver.solver)
+        _check_every_step_moves(solver.algorithm)
         fixed_condition, fixed_theta = stop_gradient((condition, theta))
         x0 = stop_gradient(start_at(x0, theta))
         start = solver.start(fixed_condition, x0, fixed_theta, stop_gradient(state))

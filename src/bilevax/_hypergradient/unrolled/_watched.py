@@ -16,7 +16,6 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree, Scalar
 
 from ..._inner._asked import asked_of
-from ..._inner._descent import Descent, is_quasi_newton
 from ..._problem import Root
 from ..._raise import or_fail
 from ..._results import RESULTS
@@ -76,10 +75,9 @@ def _may_mislead(solver: Any, x0: PyTree) -> bool:
     Steps that build on each other pass on the way they came; and a solver that stops by itself
     may stop at the start, having done nothing. A fixed number of others is what was asked for.
     """
-    if isinstance(solver, Descent):
-        return hasattr(solver.optimizer, "init") and is_quasi_newton(
-            jax.eval_shape(solver.optimizer.init, x0)
-        )
+    is_quasi_newton = getattr(solver, "is_quasi_newton", None)
+    if is_quasi_newton is not None:
+        return is_quasi_newton(x0)
     return not getattr(solver, "is_fixed_length", False)
 
 
