@@ -1,5 +1,6 @@
 """A hypergradient to a relative error that the user chose."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -22,6 +23,7 @@ from ._refine import Refined, refine, start
 
 _MAX_REFINEMENTS = 6
 _MAX_ATTEMPTS = 4
+_MAX_DENSE_STEPS = 200
 # Beyond this accuracy a tolerance only asks for rounding errors.
 _FLOOR = 10.0
 # The loosest: far from a solution Newton's method says nothing of the error.
@@ -129,11 +131,17 @@ def _hypergradient_to_accuracy(
 
 
 def _dense_if_small(solver: AbstractInnerSolver, x: PyTree) -> AbstractInnerSolver:
-    """Newton's method with a factorised Hessian, which no condition number slows down."""
+    """Newton's method with a factorised Hessian, which no condition number slows down.
+
+    Of fewer steps: each of the attempts goes on where the last one stopped, and what such steps
+    do not solve by the hundred, more of them do not either.
+    """
     if tree_size(x) > DENSE_EVIDENCE or not isinstance(solver, Optimistix):
         return solver
     if not isinstance(solver.solver, NewtonCG) or solver.solver.dense is not None:
         return solver
+    max_steps = min(solver.max_steps, _MAX_DENSE_STEPS)
+    solver = dataclasses.replace(solver, max_steps=max_steps)
     return eqx.tree_at(lambda s: s.solver.dense, solver, True, is_leaf=lambda leaf: leaf is None)
 
 
