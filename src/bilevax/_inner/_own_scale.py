@@ -86,31 +86,34 @@ def compare(
     def by_rows(rows: PyTree) -> Scalar:
         return norm_over_error(gradient, plain, root_mean_square(gradient, rows) / factor)
 
-    def is_open(scale: Scalar) -> Bool[Array, ""]:
-        return jnp.ones((), bool) if is_enough is None else ~is_enough(scale)
-
-    def with_weights(seen: tuple, start: Array) -> tuple[tuple, None]:
-        def look() -> tuple:
-            rows, _, count = seen
-            weighted = jax.lax.stop_gradient(product(_weighted(z, start)))
-            # The larger of both and not the root of their squares, which overflow in float32.
-            rows = tree_larger(rows, weighted)
-            return rows, by_rows(rows), count + 1
-
-        return jax.lax.cond(is_open(seen[1]), look, lambda: seen), None
-
+    enough = jnp.zeros((), bool) if is_enough is None else is_enough(plain)
     one = jnp.asarray(1, jnp.int32)
 
+    def is_open(scale: Scalar) -> Bool[Array, ""]:
+        return jnp.ones((), bool) if is_enough is None else enough & ~is_enough(scale)
+
+    def look(seen: tuple) -> tuple:
+        rows, _, count = seen
+        start = tree_size(z) * (count - 1).astype(jnp.uint32)
+        weighted = jax.lax.stop_gradient(product(_weighted(z, start)))
+        # The larger of both and not the root of their squares, which overflow in float32.
+        rows = tree_larger(rows, weighted)
+        return rows, by_rows(rows), count + 1
+
     def row_by_row() -> tuple[Scalar, Int[Array, ""]]:
-        starts = tree_size(z) * jnp.arange(_WEIGHTINGS, dtype=jnp.uint32)
-        (_, scale, count), _ = jax.lax.scan(with_weights, (rows, by_rows(rows), one), starts)
+        # A loop and not conditions: of a batch these take all their branches, and a loop ends.
+        _, scale, count = jax.lax.while_loop(
+            lambda seen: is_open(seen[1]) & (seen[2] <= _WEIGHTINGS),
+            look,
+            (rows, by_rows(rows), one),
+        )
         # One number that does not depend on how the rest of a gradient is distributed.
         return jnp.where(is_open(scale), scale, plain), count
 
     if is_enough is None:
         scale, count = row_by_row()
     else:
-        scale, count = jax.lax.cond(is_enough(plain), row_by_row, lambda: (plain, one))
+        scale, count = jax.lax.cond(enough, row_by_row, lambda: (plain, one))
     return Compared(scale, plain, count)
 
 
