@@ -86,19 +86,25 @@ def compare(
     def by_rows(rows: PyTree) -> Scalar:
         return norm_over_error(gradient, plain, root_mean_square(gradient, rows) / factor)
 
-    enough = jnp.zeros((), bool) if is_enough is None else is_enough(plain)
-    one = jnp.asarray(1, jnp.int32)
-
-    def is_open(scale: Scalar) -> Bool[Array, ""]:
-        return jnp.ones((), bool) if is_enough is None else enough & ~is_enough(scale)
-
     def look(seen: tuple) -> tuple:
         rows, _, count = seen
-        start = tree_size(z) * (count - 1).astype(jnp.uint32)
+        start = tree_size(z) * jnp.asarray(count - 1, jnp.uint32)
         weighted = jax.lax.stop_gradient(product(_weighted(z, start)))
         # The larger of both and not the root of their squares, which overflow in float32.
         rows = tree_larger(rows, weighted)
         return rows, by_rows(rows), count + 1
+
+    one = jnp.asarray(1, jnp.int32)
+    if is_enough is None:
+        seen = rows, by_rows(rows), one
+        for _ in range(_WEIGHTINGS):
+            seen = look(seen)
+        return Compared(seen[1], plain, seen[2])
+
+    enough = is_enough(plain)
+
+    def is_open(scale: Scalar) -> Bool[Array, ""]:
+        return enough & ~is_enough(scale)
 
     def row_by_row() -> tuple[Scalar, Int[Array, ""]]:
         # A loop and not conditions: of a batch these take all their branches, and a loop ends.
@@ -110,10 +116,7 @@ def compare(
         # One number that does not depend on how the rest of a gradient is distributed.
         return jnp.where(is_open(scale), scale, plain), count
 
-    if is_enough is None:
-        scale, count = row_by_row()
-    else:
-        scale, count = jax.lax.cond(enough, row_by_row, lambda: (plain, one))
+    scale, count = jax.lax.cond(enough, row_by_row, lambda: (plain, one))
     return Compared(scale, plain, count)
 
 
