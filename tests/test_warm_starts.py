@@ -33,24 +33,26 @@ def ridge_per_feature(num_samples=200, num_features=100, num_validation=150):
 def test_fifty_adam_steps_take_fewer_products(rtol, gain):
     problem = ridge_per_feature()
 
-    def run(is_warm):
+    def run(is_warm, rtol=rtol):
         method = bx.DoubleLoop(
-            bx.NewtonCG(rtol=rtol),
-            bx.Implicit(bx.linear.CG(rtol=rtol)),
+            bx.NewtonCG(rtol=jnp.asarray(rtol)),
+            bx.Implicit(bx.linear.CG(rtol=jnp.asarray(rtol))),
             optax.adam(0.1),
             start="warm" if is_warm else "cold",
             warm_start_adjoint=is_warm,
         )
         return bx.solve(problem, jnp.zeros(100), jnp.zeros(100), method, num_steps=50)
 
-    warm, cold = run(True), run(False)
+    warm, cold, exact = run(True), run(False), run(True, 1e-9)
     assert warm.stats["num_flagged"] == cold.stats["num_flagged"] == 0
     products = [s.stats["num_hessian_products"] for s in (cold, warm)]
     assert products[0] >= gain * products[1]
 
-    # the same result, to the accuracy that was asked for, once x is solved for exactly
+    # the result of exact steps, to the accuracy that was asked for, of both systems, once x is
+    # solved for exactly
     def exact_value(theta):
         tight = bx.NewtonCG(rtol=1e-10)
         return float(bx.hypergradient(problem, jnp.zeros(100), theta, inner_solver=tight)[0].value)
 
-    assert exact_value(warm.theta) == pytest.approx(exact_value(cold.theta), rel=rtol)
+    for found in (warm, cold):
+        assert exact_value(found.theta) == pytest.approx(exact_value(exact.theta), rel=2 * rtol)
