@@ -73,6 +73,8 @@ def _chunk(
 
     changes = method.for_singular() is not None
 
+    zero = jnp.asarray(0, jnp.int32)
+
     def keep_going(carry: tuple) -> Array:
         _, _, count, reason = carry
         return (count < num_evaluations) & (reason == 0)
@@ -83,10 +85,9 @@ def _chunk(
         dynamic, seen = evaluate(dynamic, steps == 0, first_row + count)
         buffers = jtu.tree_map(lambda b, row: b.at[count].set(row), buffers, _pack(seen))
         reason = _reason(seen, tolerance, changes)
-        dynamic = jax.lax.fori_loop(0, steps, lambda _, a: step(a, seen), dynamic)
+        dynamic = jax.lax.fori_loop(zero, steps, lambda _, a: step(a, seen), dynamic)
         return dynamic, buffers, count + 1, reason
 
-    zero = jnp.asarray(0, jnp.int32)
     carry = jax.lax.while_loop(keep_going, body, (dynamic, buffers, zero, zero))
     dynamic, buffers, count, reason = carry
     return eqx.combine(dynamic, static), buffers, _known(struct), count, reason
