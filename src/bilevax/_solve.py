@@ -5,10 +5,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
@@ -18,7 +16,7 @@ from ._hypergradient._entry import check_types, explained, is_unexplained
 from ._hypergradient._locate import locate
 from ._outer._base import AbstractMethod
 from ._outer._best import choose
-from ._outer._chunk import MAX_CHUNK, REASONS, columns, init_method, run_chunk
+from ._outer._chunk import MAX_CHUNK, REASONS, columns, copied, init_method, run_chunk
 from ._outer._double_loop import DoubleLoop
 from ._problem import Bilevel, as_arrays, bind, restore, start_as_arrays
 from ._reach._traced import refuse_traced
@@ -235,7 +233,7 @@ class _Run:
             jnp.asarray(num_evaluations, jnp.int32),
             jnp.asarray(tolerance, float),
         )
-        begin = _copied(self.state.x) if any(debugged()) else None
+        begin = copied(self.state.x) if any(debugged()) else None
         try:
             (self.state, self.best), rows, known, count, reason = run_chunk(*args)
         except FloatingPointError:
@@ -285,7 +283,7 @@ class _Run:
 
     def progress(self) -> Progress:
         """What a callback is told."""
-        place = _copied(self.best.last)
+        place = copied(self.best.last)
         x, theta = restore(self.problem.inner, place.x, place.theta)
         last = self.rows[-1]
         return Progress(
@@ -348,11 +346,6 @@ class _Run:
         why = explained(problem, x0, theta, x, result).name
         # A linear solver that stalled says nothing about the inner solve.
         return name if why == "inner_not_converged" else why
-
-
-def _copied(tree: Any) -> Any:
-    """Arrays that the next chunk does not overwrite."""
-    return jtu.tree_map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, tree)
 
 
 def _report_failures(solution: Solution, throw: bool) -> None:

@@ -332,13 +332,13 @@ def _hoist(problem: Bilevel, x0: PyTree, theta: PyTree) -> tuple[AbstractConditi
     """The inner condition with what its functions close over as leaves, and these functions."""
     condition, hoisted = problem.inner, []
     data = () if problem.inner_data is None else (problem.inner_data,)
-    x = condition.primal(condition.unknown(start_at(x0, theta), theta))
 
     def hoist(fn: Callable) -> Callable:
         if _is_closed(fn):
             return fn
         if not hoisted:
             bind(problem, x0, theta)  # refuses what can be no variable
+        x = _user_start(condition, x0, theta)
         with naming("inner", x=x, theta=theta, **dict(zip(("data",), data, strict=False))):
             hoisted.append(Hoisted(fn, x, theta, *data))
         return hoisted[-1]
@@ -346,13 +346,17 @@ def _hoist(problem: Bilevel, x0: PyTree, theta: PyTree) -> tuple[AbstractConditi
     return condition.map_functions(hoist), hoisted
 
 
+def _user_start(condition: AbstractCondition, x0: PyTree, theta: PyTree) -> PyTree:
+    """The user's x at the start, also where `x0` is an unknown that came back."""
+    return condition.primal(condition.unknown(start_at(x0, theta), theta))
+
+
 def _lift(problem: Bilevel, *args: Any) -> tuple:
     """The arguments of `_estimate`, with what the functions close over as arrays."""
     _, _, x0, theta, _ = args
     data = () if problem.outer_data is None else (problem.outer_data,)
     inner, _ = _hoist(problem, x0, theta)
-    x = inner.primal(inner.unknown(start_at(x0, theta), theta))
-    outer = Hoisted(problem.outer, x, theta, *data)
+    outer = Hoisted(problem.outer, _user_start(inner, x0, theta), theta, *data)
     return eqx.tree_at(lambda p: (p.inner, p.outer), problem, (inner, outer)), *args
 
 

@@ -30,10 +30,15 @@ def init_method(problem: Bilevel, method: AbstractMethod, x0: PyTree, theta: PyT
     solver = as_inner_solver(chosen, problem.inner, start_at(x0, theta))
     warn_of_structure(problem, solver, bool(rule and rule.differentiates_start), x0, theta)
     # Copied, because the chunks overwrite the state and the arrays are the caller's.
-    x0, theta = jtu.tree_map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, (x0, theta))
+    x0, theta = copied((x0, theta))
     state = method.init(problem, x0, theta)
     seen = eqx.filter_eval_shape(method.evaluate, problem, x0, state, jnp.array(True))[0]
     return state, Best.none(seen)
+
+
+def copied(tree: Any) -> Any:
+    """Arrays that the next chunk does not overwrite."""
+    return jtu.tree_map(lambda a: jnp.copy(a) if eqx.is_array(a) else a, tree)
 
 
 def _chunk(
