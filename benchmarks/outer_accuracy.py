@@ -78,7 +78,7 @@ def methods() -> dict[str, Any]:
         "Adam, exponential": loop(1e-6, adam, tolerances=bx.ExponentialTolerance()),
         "Adam, quadratic": loop(1e-6, adam, tolerances=bx.PolynomialTolerance()),
         "Adam, cubic": loop(1e-6, adam, tolerances=bx.PolynomialTolerance(power=3)),
-        "Adam, Implicit(rtol=0.1)": loop(1e-6, adam, bx.Implicit(bx.linear.CG(), rtol=0.1)),
+        "Adam, Accurate(0.1)": loop(1e-6, adam, bx.Accurate(0.1, linear_solver=bx.linear.CG())),
         "MAID": bx.MAID(bx.NewtonCG(), bx.Implicit(bx.linear.CG())),
         "OuterLBFGS, 1e-8": loop(1e-8, lbfgs),
         "OuterLBFGS, 1e-6": loop(1e-6, lbfgs),

@@ -65,7 +65,7 @@ def test_a_run_with_memory_takes_fewer_products():
 
 
 def test_accuracy_on_demand_loosens_along_a_run():
-    method = bx.DoubleLoop(hypergradient=bx.Implicit(rtol=1e-2), optimizer=optax.adam(1e-2))
+    method = bx.DoubleLoop(hypergradient=bx.Accurate(1e-2), optimizer=optax.adam(1e-2))
     solution = bx.solve(ORACLE.problem, ORACLE.x0, ORACLE.theta, method, num_steps=10)
     assert solution.stats["num_flagged"] == 0
     norm = solution.history.hypergradient_norm
@@ -94,7 +94,7 @@ def test_the_three_roots_before_a_fold(x, response):
     else:
         assert estimate.result == bx.RESULTS.successful
         polished, _ = bx.hypergradient(
-            FOLD, jnp.array(x), jnp.array(0.2), inner_solver=solver, rule=bx.Implicit(polish=True)
+            FOLD, jnp.array(x), jnp.array(0.2), inner_solver=solver, rule=bx.Polished()
         )
         assert float(polished.grad) == pytest.approx(response, abs=1e-9)
 

@@ -179,6 +179,8 @@ def test_every_linear_solver_serves_implicit(name):
 
 RULES = {
     "Implicit": (bx.Implicit(bx.linear.CG(rtol=1e-12)), 1e-8),
+    "Polished": (bx.Polished(bx.linear.CG(rtol=1e-12)), 1e-8),
+    "Accurate": (bx.Accurate(1e-9), 1e-8),
     "Unrolled": (bx.Unrolled(), 1e-8),
     "Unrolled all": (bx.Unrolled(checkpoints="all"), 1e-8),
     "Truncated": (bx.Truncated(num_steps=200), 1e-8),

@@ -43,7 +43,7 @@ RULES = {
     "MINRES": (bx.Implicit(bx.linear.MINRES(indefinite=True)), bx.NewtonCG(dense=False)),
     "GMRES": (bx.Implicit(bx.linear.GMRES()), STEPS),
     "Chebyshev": (bx.Implicit(bx.linear.Chebyshev()), None),
-    "accuracy": (bx.Implicit(rtol=1e-4), None),
+    "accuracy": (bx.Accurate(1e-4), None),
     "Jacobi": (bx.Implicit(bx.linear.CG(), preconditioner=bx.precondition.Jacobi()), None),
     "MinimumNorm": (bx.MinimumNorm(), None),
     "Unrolled": (bx.Unrolled(), STEPS),

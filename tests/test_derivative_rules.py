@@ -87,7 +87,7 @@ def composed(x_star):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"inner_solver": bx.LBFGS(rtol=1e-12)}, {"rule": bx.Implicit(rtol=1e-8)}],
+    [{}, {"inner_solver": bx.LBFGS(rtol=1e-12)}, {"rule": bx.Accurate(1e-8)}],
     ids=["default", "LBFGS", "accuracy"],
 )
 def test_reverse_mode_only(options):

@@ -29,11 +29,10 @@ CERTIFIED = bx.Bilevel(
 ANY = bx.Given(rtol=1.0)  # every x is a solution
 
 
-def at_distance(distance, **options):
+def at_distance(distance, rule=bx.Implicit()):  # noqa: B008
     """The estimate at an x that far from the solution."""
     direction = np.cos(1.0 + np.arange(6))
     x = jnp.asarray(ORACLE.x_star + distance * direction / np.linalg.norm(direction))
-    rule = bx.Implicit(**options)
     return bx.hypergradient(CERTIFIED, x, THETA, inner_solver=ANY, rule=rule)[0]
 
 
@@ -43,7 +42,7 @@ def error(estimate):
 
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3, 1e-5])
 def test_estimate_and_bound_of_an_inexact_x(distance):
-    estimate = at_distance(distance, error_estimate=True)
+    estimate = at_distance(distance, bx.Implicit(error_estimate=True))
     assert error(estimate) > 1e-3 * distance  # there is something to estimate
     assert 0.8 < float(estimate.error_estimate) / error(estimate) < 1.25
     assert error(estimate) <= estimate.error_bound < 3e3 * error(estimate)
@@ -59,10 +58,10 @@ def test_estimate_and_bound_of_an_inexact_adjoint(num_steps):
 
 
 def test_polish_squares_the_error_of_x():
-    errors = [error(at_distance(distance, polish=True)) for distance in (1e-2, 1e-4)]
+    errors = [error(at_distance(distance, bx.Polished())) for distance in (1e-2, 1e-4)]
     assert errors[0] < 1e-5 and errors[1] <= 1e-7
     assert errors[1] < 1e-3 * errors[0]  # second order: 1e-4
-    polished, plain = at_distance(1e-2, polish=True), at_distance(1e-2)
+    polished, plain = at_distance(1e-2, bx.Polished()), at_distance(1e-2)
     assert polished.inner_residual < 1e-2 * plain.inner_residual
     assert abs(polished.value - ORACLE.value) < 1e-2 * abs(plain.value - ORACLE.value)
 
@@ -118,7 +117,7 @@ def test_bias_of_damping():
 
 @pytest.mark.parametrize("rtol", [1e-1, 1e-4, 1e-8])
 def test_accuracy_on_demand(rtol):
-    rule = bx.Implicit(rtol=jnp.asarray(rtol))
+    rule = bx.Accurate(jnp.asarray(rtol))
     estimate, state = bx.hypergradient(CERTIFIED, ORACLE.x0, THETA, rule=rule)
     norm = np.linalg.norm(ORACLE.hypergradient)
     assert error(estimate) <= rtol * norm
@@ -132,15 +131,13 @@ def test_accuracy_on_demand(rtol):
 def test_accuracy_on_demand_for_every_condition(oracle):
     if not oracle.is_strongly_convex:
         pytest.skip("singular")
-    estimate, _ = bx.hypergradient(
-        oracle.problem, oracle.x0, oracle.theta, rule=bx.Implicit(rtol=1e-9)
-    )
+    estimate, _ = bx.hypergradient(oracle.problem, oracle.x0, oracle.theta, rule=bx.Accurate(1e-9))
     assert relative_error(estimate.grad, oracle.hypergradient) < 1e-9
 
 
 def test_accuracy_is_coarser_where_less_is_asked():
     coarse, fine = (
-        bx.hypergradient(ORACLE.problem, ORACLE.x0, THETA, rule=bx.Implicit(rtol=jnp.asarray(r)))[0]
+        bx.hypergradient(ORACLE.problem, ORACLE.x0, THETA, rule=bx.Accurate(jnp.asarray(r)))[0]
         for r in (1e-1, 1e-10)
     )
     assert coarse.inner_tolerance > 10 * fine.inner_tolerance
@@ -173,14 +170,14 @@ def large(dtype):
 def test_accuracy_on_demand_by_conjugate_gradients():
     problem, x0, theta, exact = large(jnp.float64)
     for rtol in (1e-1, 1e-3, 1e-6):
-        rule = bx.Implicit(rtol=jnp.asarray(rtol))
+        rule = bx.Accurate(jnp.asarray(rtol))
         estimate, _ = bx.hypergradient(problem, x0, theta, rule=rule)
         assert relative_error(estimate.grad, exact) <= rtol
 
 
 def test_systems_that_are_not_solved_have_their_own_outcome():
     problem, x0, theta, _ = large(jnp.float64)
-    rule = bx.Implicit(bx.linear.CG(max_steps=5), rtol=jnp.asarray(1e-6))
+    rule = bx.Accurate(jnp.asarray(1e-6), linear_solver=bx.linear.CG(max_steps=5))
     estimate, _ = bx.hypergradient(problem, x0, theta, rule=rule, throw=False)
     assert estimate.result == bx.RESULTS.adjoint_not_converged
 
@@ -188,7 +185,7 @@ def test_systems_that_are_not_solved_have_their_own_outcome():
 def test_more_than_float32_can_give_is_flagged():
     problem, x0, theta, exact = large(jnp.float32)
     for rtol in (1e-1, 1e-6):
-        rule = bx.Implicit(rtol=jnp.asarray(rtol, jnp.float32))
+        rule = bx.Accurate(jnp.asarray(rtol, jnp.float32))
         estimate, _ = bx.hypergradient(problem, x0, theta, rule=rule, throw=False)
         if rtol < 1e-5:
             assert estimate.result != bx.RESULTS.successful
@@ -199,7 +196,7 @@ def test_more_than_float32_can_give_is_flagged():
 def test_the_error_of_a_solver_that_cannot_be_told_is_removed_by_newton():
     # twenty steps of descent and no tolerance: x is off by per cents
     solver = bx.Descent(optax.sgd(0.5), 20)
-    rule = bx.Implicit(rtol=1e-6)
+    rule = bx.Accurate(1e-6)
     estimate, _ = bx.hypergradient(ORACLE.problem, ORACLE.x0, THETA, inner_solver=solver, rule=rule)
     assert relative_error(estimate.grad, ORACLE.hypergradient) < 1e-6
 
@@ -208,10 +205,8 @@ def test_the_error_of_a_solver_that_cannot_be_told_is_removed_by_newton():
 def test_evidence_of_equations(oracle):
     x = jax.tree_util.tree_map(lambda a: jnp.asarray(a) * (1 + 1e-4), oracle.x_star)
     plain, polished = (
-        bx.hypergradient(
-            oracle.problem, x, oracle.theta, inner_solver=ANY, rule=bx.Implicit(**options)
-        )[0]
-        for options in ({"error_estimate": True}, {"polish": True})
+        bx.hypergradient(oracle.problem, x, oracle.theta, inner_solver=ANY, rule=rule)[0]
+        for rule in (bx.Implicit(error_estimate=True), bx.Polished())
     )
     flat = [
         np.concatenate([np.ravel(a) for a in jax.tree_util.tree_leaves(t)])
@@ -226,7 +221,7 @@ def test_evidence_compiles_once_for_new_tolerances():
     from bilevax._hypergradient._entry import _estimate
 
     for rtol in (1e-2, 1e-3):
-        rule = bx.Implicit(rtol=jnp.asarray(rtol))
+        rule = bx.Accurate(jnp.asarray(rtol))
         _, state = bx.hypergradient(ORACLE.problem, ORACLE.x0, THETA, rule=rule)
         before = _estimate.num_compilations()
         bx.hypergradient(ORACLE.problem, ORACLE.x0, THETA, rule=rule, state=state)
@@ -265,11 +260,15 @@ def test_the_primal_is_not_recomputed_in_the_krylov_loop():
 
 def test_refused_at_once():
     with pytest.raises(ValueError, match="damping_bias"):
-        bx.Implicit(damping=0.1, polish=True)
-    with pytest.raises(ValueError, match="polish"):
-        bx.Implicit(rtol=1e-3, polish=True)
+        bx.Implicit(damping=0.1, error_estimate=True)
+    with pytest.raises(TypeError, match=r"bx.Accurate\(rtol\)"):
+        bx.Implicit(rtol=1e-3)
+    with pytest.raises(TypeError, match="bx.Polished"):
+        bx.Implicit(polish=True)
+    with pytest.raises(TypeError, match="must be one of bx.linear"):
+        bx.Accurate(1e-3, linear_solver=bx.NewtonCG())
     with pytest.raises(ValueError, match="must not be negative"):
-        bx.Implicit(rtol=-1.0)
+        bx.Accurate(-1.0)
     with pytest.raises(ValueError, match="strong_convexity"):
         bx.Minimum(lambda x, t: x, strong_convexity=-1.0)
     with pytest.raises(TypeError, match="strong_convexity"):
@@ -309,16 +308,14 @@ def test_several_outer_objectives_at_once():
     with pytest.raises(TypeError, match="vector of objectives"):
         bx.hypergradients(ORACLE.problem, ORACLE.x0, THETA)
     with pytest.raises(TypeError, match="without error_estimate"):
-        bx.hypergradients(problem, ORACLE.x0, THETA, rule=bx.Implicit(polish=True))
+        bx.hypergradients(problem, ORACLE.x0, THETA, rule=bx.Polished())
 
 
 def test_a_scalar_fixed_point_in_float32():
     problem = bx.Bilevel(bx.FixedPoint(lambda x, t: 0.5 * jnp.cos(x) + t), lambda x, t: x**2)
     solver = optx.FixedPointIteration(rtol=1e-6, atol=1e-6)
     x0, theta = jnp.array(0.0, jnp.float32), jnp.array(0.3, jnp.float32)
-    estimate, _ = bx.hypergradient(
-        problem, x0, theta, inner_solver=solver, rule=bx.Implicit(rtol=1e-3)
-    )
+    estimate, _ = bx.hypergradient(problem, x0, theta, inner_solver=solver, rule=bx.Accurate(1e-3))
     x = 0.7
     for _ in range(100):
         x = 0.5 * np.cos(x) + 0.3

@@ -87,7 +87,7 @@ def test_tolerances_that_cannot_be_chosen_are_refused():
             "fixed number",
         ),
         (bx.DoubleLoop(hypergradient=bx.OneStep(), tolerances=schedule), "bx.Implicit"),
-        (bx.DoubleLoop(hypergradient=bx.Implicit(rtol=0.1), tolerances=schedule), "rtol"),
+        (bx.DoubleLoop(hypergradient=bx.Accurate(0.1), tolerances=schedule), "itself"),
         (bx.MAID(bx.Given()), "Given"),
         (bx.MAID(certified=True), "strong_convexity"),
     ):

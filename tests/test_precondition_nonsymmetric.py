@@ -24,10 +24,10 @@ def exact_inverse(x, theta):
     return lambda r: inverse @ r
 
 
-def rule_with(preconditioner=exact_inverse, num_steps=2, **more):
+def rule_with(preconditioner=exact_inverse, num_steps=2, kind=bx.Implicit, **more):
     # So few steps solve the system only with the right preconditioner.
     solver = bx.linear.GMRES(max_steps=num_steps)
-    return bx.Implicit(solver, preconditioner=preconditioner, **more)
+    return kind(linear_solver=solver, preconditioner=preconditioner, **more)
 
 
 def case(name, dtype=np.float64):
@@ -81,7 +81,9 @@ def test_jacobian_both_ways(num_theta):
     np.testing.assert_allclose(found.value, np.linalg.solve(M, D), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("more", [{"polish": True}, {"rtol": 1e-6}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{"kind": bx.Polished}, {"kind": bx.Accurate, "rtol": 1e-6}], ids=str
+)
 def test_evidence_preconditions_both_of_its_systems(more):
     problem, _, theta, x, grad = case("root")
     start = jnp.asarray(x)

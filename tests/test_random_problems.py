@@ -91,7 +91,7 @@ def test_the_accuracy_asked_for_is_delivered(size):
     def check(seed, log_condition, nonlinearity, rtol):
         data, theta = draw(seed, size, log_condition, nonlinearity)
         _, grad = exact(data, theta)
-        rule = bx.Implicit(rtol=jnp.asarray(rtol))
+        rule = bx.Accurate(jnp.asarray(rtol))
         estimate = solve(problem(data), np.zeros(size), theta, None, rule)
         relative = distance(estimate.grad, grad) / np.linalg.norm(grad)
         is_claimed = bool(estimate.result == bx.RESULTS.successful)
@@ -207,7 +207,7 @@ def test_more_than_single_precision_can_give(size):
             return
         _, grad = exact(data, theta)
         given_problem = problem(type(data)(*(np.asarray(a, np.float32) for a in data)))
-        rule = bx.Implicit(rtol=jnp.asarray(rtol, jnp.float32))
+        rule = bx.Accurate(jnp.asarray(rtol, jnp.float32))
         estimate = solve(given_problem, np.zeros(size, np.float32), np.float32(theta), None, rule)
         if outcome(estimate) == "successful":
             assert distance(estimate.grad, grad) <= 10 * rtol * np.linalg.norm(grad)

@@ -21,6 +21,8 @@ from ._inner._batches import Minibatches as Minibatches
 from ._inner._optimistix import Optimistix as Optimistix
 from ._inner._external import External as External, Given as Given, Traceable as Traceable
 from ._hypergradient.implicit._implicit import Implicit as Implicit
+from ._hypergradient.implicit._polished import Polished as Polished
+from ._hypergradient.implicit._accurate import Accurate as Accurate
 from ._hypergradient.implicit._minimum_norm import MinimumNorm as MinimumNorm
 from ._loop._budget import MemoryBudget as MemoryBudget
 from ._hypergradient.unrolled._unrolled import Unrolled as Unrolled

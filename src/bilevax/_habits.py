@@ -43,6 +43,11 @@ _OBJECTS: dict[str, str] = {
         "for theta, bx.Descent(optax.sgd(0.1), num_steps=...) for x"
     ),
 }
+# What is another object, by function and keyword.
+_OTHERS = {
+    ("bx.Implicit", "rtol"): "A hypergradient to an accuracy is bx.Accurate(rtol)",
+    ("bx.Implicit", "polish"): "A hypergradient after a Newton step is bx.Polished()",
+}
 _OPTIMIZER = "optimizer=optax.adam(...), an Optax optimiser with its step size"
 
 _FOREIGN_NAMES = {
@@ -106,7 +111,9 @@ def _explain_keyword(name: str, word: str, parameters: list[str]) -> str:
     ours = _WORDS.get(word, ())
     known = [p for p in ours if p in parameters]
     near = difflib.get_close_matches(word, parameters, n=1)
-    if known == ["optimizer"]:
+    if (name, word) in _OTHERS:
+        said += f" {_OTHERS[name, word]}."
+    elif known == ["optimizer"]:
         said += f" Here it is {_OPTIMIZER}."
     elif known:
         said += f" Here it is called {' or '.join(f'`{p}`' for p in known)}."

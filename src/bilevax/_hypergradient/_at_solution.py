@@ -34,6 +34,16 @@ class Adjoint(NamedTuple):
     memory: tuple[PyTree, ...] = ()  # of `HypergradientState`, from `linear` on
     preconditioner: Callable[[PyTree], PyTree] | None = None
 
+    def with_evidence(
+        self, evidence: dict[str, Any], counts: Counts, num_steps: Any = 0
+    ) -> "Adjoint":
+        """The same with more `evidence`, and what that took."""
+        return self._replace(
+            evidence={**self.evidence, **evidence},
+            counts=self.counts + counts,
+            num_steps=self.num_steps + num_steps,
+        )
+
 
 class AbstractAtSolution(AbstractHypergradient):
     """A rule that takes the derivative of `x*` at the inner solution, however it was found."""
@@ -54,9 +64,9 @@ class AbstractAtSolution(AbstractHypergradient):
         solved = Solved(inner, inner_state, point(query.problem, inner.x, query.theta))
         # 2. v, and the hypergradient with it
         found = self.adjoint(query, solved, state)
-        estimate = estimate_at(solved.at, inner, found, self.inner_result(inner.result))
         # 3. evidence, where it was asked for
-        estimate = self.with_evidence(estimate, query, found)
+        solved, found = self.with_evidence(query, solved, found)
+        estimate = _estimate_at(solved.at, solved.inner, found, self.inner_result(inner.result))
         v = state.v if estimate.v is None else estimate.v
         return estimate, HypergradientState(estimate.x, v, inner_state, *found.memory)
 
@@ -64,10 +74,10 @@ class AbstractAtSolution(AbstractHypergradient):
     def adjoint(self, query: Query, solved: Solved, state: HypergradientState) -> Adjoint:
         """`v`, the hypergradient with it, and what is known of both."""
 
-    def with_evidence(self, estimate: Estimate, query: Query, found: Adjoint) -> Estimate:
-        """`estimate`, with what else is known of it."""
-        del query, found
-        return estimate
+    def with_evidence(self, query: Query, solved: Solved, found: Adjoint) -> tuple[Solved, Adjoint]:
+        """What was found, with what else is known of it."""
+        del query
+        return solved, found
 
     def solution(self, query: Query, throw: bool) -> PyTree[Array]:
         fixed = stop_gradient(query._replace(x0=query.start))
@@ -102,7 +112,7 @@ def _solve(query: Query, state: PyTree) -> tuple[InnerSolution, PyTree]:
     return query.inner_solver.solve(query.condition, query.start, query.theta, state)
 
 
-def estimate_at(at: Point, inner: InnerSolution, found: Adjoint, *results: RESULTS) -> Estimate:
+def _estimate_at(at: Point, inner: InnerSolution, found: Adjoint, *results: RESULTS) -> Estimate:
     """The estimate of what a rule found."""
     evidence = {} if found.v is None else {"dual_value": at.dual_value(found.v)}
     return Estimate.of(

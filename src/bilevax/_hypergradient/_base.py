@@ -41,9 +41,9 @@ class Estimate(eqx.Module):
         fixed number of steps. Infinite: the system has no solution, and `v` is the
         least-squares solution of a rule that takes that.
     - `error_estimate`: of `||grad - exact||`, from Newton steps on x and v (see
-        `Implicit`), or by other means of other rules; `None` where it was not asked for.
-        Infinite: Newton's method, or the series of the rule, does not converge here, so that
-        the error may have any size.
+        `Implicit`, `Polished` and `Accurate`), or by other means of other rules; `None` where
+        it was not asked for. Infinite: Newton's method, or the series of the rule, does not
+        converge here, so that the error may have any size.
     - `error_bound`: `||grad - exact||` is no larger; `None` where no modulus of strong
         convexity is known (see `Implicit`). Infinite: there is no bound.
     - `damping_bias`: estimate of the part of `||grad - exact||` that damping causes; `None`
@@ -104,7 +104,7 @@ class HypergradientState(eqx.Module):
     inner: PyTree  # the inner solver's own state
     linear: PyTree = None  # the linear solver's: a recycled subspace
     preconditioner: PyTree = None  # a sketch, a diagonal
-    tolerances: PyTree = None  # chosen by `Implicit(rtol=...)`
+    tolerances: PyTree = None  # chosen by `Accurate(...)`
     rule: PyTree = None  # the rule's own: random keys, particles
 
 
@@ -148,11 +148,21 @@ class AbstractHypergradient(OneLine, optx.AbstractAdjoint):
         """Whether the library may choose how to treat a singular system."""
         return False
 
+    @property
+    def is_inexact(self) -> bool:
+        """Whether the inner solve is stopped early on purpose."""
+        return False
+
     def with_linear_rtol(
         self, rtol: Scalar, condition: AbstractCondition, x: PyTree
     ) -> "AbstractHypergradient | None":
         """The rule that solves its linear system to `rtol`; `None` if it has none to choose for."""
         del rtol, condition, x
+        return None
+
+    def with_error_estimate(self, wanted: bool) -> "AbstractHypergradient | None":
+        """The rule whose estimates have an `error_estimate`, or not; `None` if it has no choice."""
+        del wanted
         return None
 
     @abc.abstractmethod

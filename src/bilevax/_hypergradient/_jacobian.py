@@ -20,6 +20,7 @@ from ._entry import check_types, raise_failure
 from ._locate import locating
 from .implicit._adjoint import first_of_batch, reached
 from .implicit._implicit import Implicit
+from .implicit._rule import AbstractImplicit
 from .implicit._tangent import tangent_columns
 
 
@@ -82,7 +83,7 @@ def jacobian(
     """
     rule = Implicit() if rule is None else rule
     check_types(problem, rule)
-    if not isinstance(rule, Implicit):
+    if not isinstance(rule, AbstractImplicit):
         raise TypeError(f"`rule` must be a bx.Implicit; got {type(rule).__name__}.")
     x, theta = as_arrays(x), as_arrays(theta)
     out = locating(partial(_jacobian, problem, x, theta, rule), problem, Given(), x, theta)
@@ -90,7 +91,7 @@ def jacobian(
 
 
 @lean_jit
-def _jacobian(problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit) -> Jacobian:
+def _jacobian(problem: Bilevel, x: PyTree, theta: PyTree, rule: AbstractImplicit) -> Jacobian:
     bound, x, theta = prepare(problem, x, theta)
     inner, _ = Given().solve(bound.inner, x, theta, None)
     forward = tree_size(theta) <= tree_size(x)
@@ -108,7 +109,7 @@ def _jacobian(problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit) -> Jac
 
 
 def _forward(
-    problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit
+    problem: Bilevel, x: PyTree, theta: PyTree, rule: AbstractImplicit
 ) -> tuple[PyTree, LinearSolution]:
     """Columns: `A J_i = -B e_i`."""
     at = problem.inner.linearise(x, theta)
@@ -126,7 +127,7 @@ def _forward(
 
 
 def _reverse(
-    problem: Bilevel, x: PyTree, theta: PyTree, rule: Implicit
+    problem: Bilevel, x: PyTree, theta: PyTree, rule: AbstractImplicit
 ) -> tuple[PyTree, LinearSolution]:
     """Rows: `A^T w_i = e_i`, and `-B^T w_i`."""
     at = problem.inner.linearise(x, theta)

@@ -30,6 +30,7 @@ from ._locate import locating
 from ._point import dual_value
 from .implicit._adjoint import first_of_batch, reached, strictest
 from .implicit._implicit import Implicit
+from .implicit._rule import AbstractImplicit
 
 
 def hypergradients(
@@ -78,10 +79,9 @@ def hypergradients(
     """
     rule = Implicit() if rule is None else rule
     check_types(problem, rule)
-    if not (isinstance(rule, Implicit) and rule.is_plain):
+    if not (isinstance(rule, AbstractImplicit) and rule.is_plain):
         raise TypeError(
-            "`rule` must be a bx.Implicit without error_estimate, polish, rtol and damping; got "
-            f"{rule!r}."
+            f"`rule` must be a bx.Implicit without error_estimate and damping; got {rule!r}."
         )
     x0 = start_as_arrays(x0)
     args = problem, inner_solver, x0, as_arrays(theta)
@@ -96,7 +96,7 @@ def _hypergradients(*args: Any) -> Estimate:
 
 
 def _estimates(
-    problem: Bilevel, inner_solver: Any, rule: Implicit, x0: PyTree, theta: PyTree
+    problem: Bilevel, inner_solver: Any, rule: AbstractImplicit, x0: PyTree, theta: PyTree
 ) -> Estimate:
     bound, start, theta = bind(problem, x0, theta)
     x0 = start_at(start, theta)

@@ -97,6 +97,14 @@ class AbstractInnerSolver(OneLine, eqx.Module):
     ) -> tuple[InnerSolution, PyTree]:
         """The solution from `x0`, and the state for the next solve. Not differentiated."""
 
+    def factorised(self, max_steps: int) -> "AbstractInnerSolver":
+        """The solver for few variables that forms the Hessian, in at most so many steps.
+
+        This one, if it has no such choice or its user has made it.
+        """
+        del max_steps
+        return self
+
     @property
     def is_repeatable(self) -> bool:
         """Whether `solve` finds the same x again, whatever the state."""
@@ -117,6 +125,9 @@ class AbstractSteppingSolver(AbstractInnerSolver):
     The carry is a tuple of pytrees of arrays, the first of them `x`. Law: `solve` is
     `finish` of the carry after repeating `step` until `is_done`, at most `max_steps` times.
     """
+
+    # Whether each step moves x by a smooth function of the gradient there.
+    steps_by_gradient: ClassVar[bool] = False
 
     max_steps: eqx.AbstractVar[int]
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -93,6 +93,8 @@ class Descent(AbstractSteppingSolver):
         )
         ```
     """
+
+    steps_by_gradient: ClassVar[bool] = True
 
     optimizer: Any
     num_steps: int

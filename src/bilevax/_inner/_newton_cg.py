@@ -1,5 +1,6 @@
 """Newton's method, its linear systems solved as far as they deserve."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -94,6 +95,10 @@ class NewtonCG(AbstractMeasuredMinimiser):
         self.atol = atol
         self.max_cg_steps = max_cg_steps
         self.dense = dense
+
+    def factorised(self) -> "NewtonCG | None":
+        """With a dense Hessian; `None` where the user has chosen."""
+        return None if self.dense is not None else dataclasses.replace(self, dense=True)
 
     def init(
         self,

@@ -1,5 +1,6 @@
 """Any Optimistix solver as an inner solver."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -140,6 +141,14 @@ class Optimistix(AbstractSteppingSolver):
         return eqx.tree_at(
             lambda s: (s.solver.rtol, s.rtol), self, (0.1 * rtol, rtol), is_leaf=_is_none
         )
+
+    def factorised(self, max_steps: int) -> "Optimistix":
+        choose = getattr(self.solver, "factorised", None)
+        solver = None if choose is None else choose()
+        if solver is None:
+            return self
+        max_steps = min(self.max_steps, max_steps)
+        return dataclasses.replace(self, solver=solver, max_steps=max_steps)
 
     def init(self, condition: AbstractCondition, x0: PyTree, theta: PyTree) -> PyTree:
         del condition, theta

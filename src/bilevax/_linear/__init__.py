@@ -1,6 +1,7 @@
 """Linear systems given by products."""
 
 from ._base import (
+    AbstractDirectLinearSolver as AbstractDirectLinearSolver,
     AbstractIterativeLinearSolver as AbstractIterativeLinearSolver,
     LinearSolution as LinearSolution,
     verify as verify,

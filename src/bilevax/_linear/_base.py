@@ -127,6 +127,14 @@ class AbstractIterativeLinearSolver(OneLine, lx.AbstractLinearSolver):
         return True
 
 
+class AbstractDirectLinearSolver(AbstractIterativeLinearSolver):
+    """A linear solver that forms the matrix: with the factors it sees whether x is a solution."""
+
+    @abc.abstractmethod
+    def factorise(self, matvec: Callable[[PyTree], PyTree], like: PyTree[Array]) -> Any:
+        """What all systems with this matrix share; `like` is of the shape of a solution."""
+
+
 def verify(solution: LinearSolution, b: PyTree[Array], product: PyTree[Array]) -> LinearSolution:
     """`solution` with its residual measured from `product`, which is `A v`.
 

@@ -23,7 +23,7 @@ from .._tree import (
     where_needed,
     working_dtype,
 )
-from ._base import AbstractIterativeLinearSolver, LinearSolution
+from ._base import AbstractDirectLinearSolver, LinearSolution
 from ._common import scaled_start
 from ._in_turn import in_turn
 
@@ -35,7 +35,7 @@ _ROUNDING = 4.0
 _FEW = 8
 
 
-class Direct(AbstractIterativeLinearSolver):
+class Direct(AbstractDirectLinearSolver):
     """`v = A^+ b` from the eigenvalues of the matrix, which is formed column by column.
 
     For small systems, or many right-hand sides: they share one factorisation under `vmap`.
@@ -112,7 +112,7 @@ class Direct(AbstractIterativeLinearSolver):
     def compute(self, state: Any, vector: PyTree[Array], options: dict[str, Any]) -> Any:
         is_symmetric = self.is_symmetric and lx.is_symmetric(state)
         solver = dataclasses.replace(self, is_symmetric=is_symmetric)
-        return AbstractIterativeLinearSolver.compute(solver, state, vector, options)
+        return AbstractDirectLinearSolver.compute(solver, state, vector, options)
 
     def assume_full_rank(self) -> bool:
         return not self.minimum_norm

@@ -21,7 +21,6 @@ from .._tree import tree_where, tree_zeros_like
 from ._base import AbstractMethod
 from ._evaluation import Evaluation, Place
 from ._fall_back import MAX_FAILURES, fall_back, is_usable, same_place
-from ._newton import OuterNewton
 from ._predict import Anchor, Prediction, follow, predict
 from ._tolerances import AbstractToleranceSchedule, at_tolerances
 from ._update import AbstractOuterOptimizer, as_outer_optimizer, rejected
@@ -129,14 +128,16 @@ class DoubleLoop(AbstractMethod):
                 "`tolerances` must be bx.ExponentialTolerance(...) or "
                 f"bx.PolynomialTolerance(...); got {type(tolerances).__name__}."
             )
-        if isinstance(optimizer, OuterNewton) and not hypergradient.is_implicit:
+        optimizer = as_outer_optimizer(optimizer)
+        if optimizer.needs_implicit and not hypergradient.is_implicit:
             raise TypeError(
-                "OuterNewton differentiates twice and needs an implicit rule, bx.Implicit() or "
-                f"bx.MinimumNorm(); got {type(hypergradient).__name__}. Use bx.OuterLBFGS()."
+                f"{type(optimizer).__name__} differentiates twice and needs an implicit rule, "
+                f"bx.Implicit() or bx.MinimumNorm(); got {type(hypergradient).__name__}. Use "
+                "bx.OuterLBFGS()."
             )
         self.inner_solver = inner_solver
         self.hypergradient = hypergradient
-        self.optimizer = as_outer_optimizer(optimizer)
+        self.optimizer = optimizer
         self.start = start
         self.warm_start_adjoint = warm_start_adjoint
         self.tolerances = tolerances
@@ -145,8 +146,7 @@ class DoubleLoop(AbstractMethod):
         rule = self.hypergradient
         if self.tolerances is not None or not rule.is_default:
             return None
-        is_inexact = getattr(rule, "inexact", False)
-        return dataclasses.replace(self, hypergradient=MinimumNorm(inexact=is_inexact))
+        return dataclasses.replace(self, hypergradient=MinimumNorm(inexact=rule.is_inexact))
 
     def with_rule(self, rule: AbstractHypergradient) -> "DoubleLoop | None":
         is_open = self.hypergradient == Implicit()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
-from .._hypergradient._base import Estimate, HypergradientState, Query
+from .._hypergradient._base import AbstractHypergradient, Estimate, HypergradientState, Query
 from .._hypergradient.implicit._implicit import Implicit
 from .._inner._default import as_inner_solver
 from .._problem import Bilevel, start_at, strong_convexity
@@ -67,7 +67,7 @@ class MAID(AbstractMethod):
     **Arguments:**
 
     - `inner_solver`: as in `bx.hypergradient`; one whose accuracy can be chosen.
-    - `hypergradient`: `bx.Implicit(linear_solver, preconditioner)` without `rtol`.
+    - `hypergradient`: `bx.Implicit(linear_solver, preconditioner)`, or `bx.Polished`.
     - `step_size`: the first `t`.
     - `tolerance`: the first relative tolerance of the inner solve and the adjoint system.
     - `max_step`: no entry of theta moves by more at once; see `OuterLBFGS`.
@@ -102,7 +102,7 @@ class MAID(AbstractMethod):
     """
 
     inner_solver: Any
-    hypergradient: Implicit
+    hypergradient: AbstractHypergradient
     step_size: float | Scalar
     tolerance: float | Scalar
     max_step: float | Scalar
@@ -111,7 +111,7 @@ class MAID(AbstractMethod):
     def __init__(
         self,
         inner_solver: Any = None,
-        hypergradient: Implicit | None = None,
+        hypergradient: AbstractHypergradient | None = None,
         *,
         step_size: float | Scalar = 1.0,
         tolerance: float | Scalar = 1e-1,
@@ -119,17 +119,18 @@ class MAID(AbstractMethod):
         certified: bool = False,
     ) -> None:
         rule = Implicit() if hypergradient is None else hypergradient
-        if not isinstance(rule, Implicit) or rule.rtol is not None:
-            given = "Implicit(rtol=...)" if isinstance(rule, Implicit) else type(rule).__name__
+        told = rule.with_error_estimate(not certified)
+        if told is None:
             raise TypeError(
-                "MAID chooses the tolerances of the rule bx.Implicit() without rtol; got " + given
+                "MAID chooses the tolerances of bx.Implicit() by the errors that it estimates; got "
+                f"{type(rule).__name__}."
             )
         for name, value in (("step_size", step_size), ("tolerance", tolerance)):
             if isinstance(value, int | float) and not 0 < value < float("inf"):
                 raise ValueError(f"MAID({name}=...) must be positive and finite; got {value}.")
         check_step("MAID", max_step)
         self.inner_solver = inner_solver
-        self.hypergradient = dataclasses.replace(rule, error_estimate=not certified)
+        self.hypergradient = told
         self.step_size = step_size
         self.tolerance = tolerance
         self.max_step = max_step

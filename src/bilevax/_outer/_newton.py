@@ -1,6 +1,7 @@
 """Newton's method for the outer level, with the exact hyper-Hessian."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,8 @@ class OuterNewton(AbstractOuterOptimizer):
     Reference: Dauphin et al., "Identifying and attacking the saddle point problem in
     high-dimensional non-convex optimization", 2014, section 4 (`|H|`).
     """
+
+    needs_implicit: ClassVar[bool] = True
 
     max_step: float | Scalar = 1.0
     max_variables: int = 64

@@ -130,9 +130,8 @@ def at_tolerances(
         )
     new_rule = rule.with_linear_rtol(linear_rtol, condition, x)
     if new_rule is None:
-        given = "Implicit(rtol=...)" if rule.is_implicit else type(rule).__name__
         raise TypeError(
-            "Tolerances can be chosen for the rule bx.Implicit() without rtol, which chooses "
-            f"them itself; got {given}."
+            "Tolerances can be chosen for the rule bx.Implicit(), and not for one that has none or "
+            f"chooses them itself; got {type(rule).__name__}."
         )
     return told, new_rule

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -40,6 +40,9 @@ class AbstractOuterOptimizer(OneLine, eqx.Module):
     @abc.abstractmethod
     def can_reject(self) -> bool:
         """Whether it tries points that it may take back."""
+
+    # Whether it differentiates the value twice, for which the rule must be an implicit one.
+    needs_implicit: ClassVar[bool] = False
 
     @abc.abstractmethod
     def init(self, theta: PyTree) -> PyTree:

@@ -10,7 +10,6 @@ from jaxtyping import Array, PyTree, Scalar
 from ..._hypergradient._base import AbstractHypergradient, Estimate
 from ..._hypergradient._entry import hypergradient
 from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver, residual_and_scale, run
-from ..._inner._descent import Descent
 from ..._inner._external import wherever
 from ..._jit import lean_jit
 from ..._loop._budget import num_bytes
@@ -66,7 +65,7 @@ def _inner(
     condition = problem.inner
     state = solver.init(condition, x0, theta)
     moved, shrunk = jnp.zeros(()), (None, None, 0)
-    if isinstance(solver, Descent):
+    if isinstance(solver, AbstractSteppingSolver) and solver.steps_by_gradient:
         carry = solver.start(condition, x0, theta, state)
         half, num_half = run(solver, condition, theta, carry, solver.max_steps // 2)
         rest = solver.max_steps - solver.max_steps // 2

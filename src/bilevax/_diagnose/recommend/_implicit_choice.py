@@ -1,12 +1,13 @@
 """Where the inner solution is what is differentiated, and how."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 from jaxtyping import PyTree
 
+from ..._hypergradient._base import AbstractHypergradient
 from ..._hypergradient.implicit._implicit import Implicit
+from ..._hypergradient.implicit._polished import Polished
 from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver
 from ..._linear import MINRES
 from ..._problem import Bilevel
@@ -92,11 +93,13 @@ def _regular(
 ) -> Choice:
     """A system with one solution; polished where x needs it."""
     what = "a minimum" if problem.inner.is_symmetric else "a solution"
-    polish = 0.5 * rtol < trial.error_of_x < _FAR
-    rule: Any = dataclasses.replace(trial.rule, polish=polish, inexact=is_fixed and not polish)
+    is_polished = 0.5 * rtol < trial.error_of_x < _FAR
+    rule: AbstractHypergradient = dataclasses.replace(trial.rule, inexact=is_fixed)
+    if is_polished:
+        rule = Polished(trial.rule.linear_solver, trial.rule.preconditioner)
     bound = "" if ends.is_exact else " at least"
     where = f"x is {what} of condition number{bound} {ends.condition:.2g}"
-    if rule.linear_solver is None:
+    if trial.rule.linear_solver is None:
         how = f"{tree_size(inner.x)} variables are solved for directly"
     else:
         how = (
@@ -104,7 +107,7 @@ def _regular(
             "hypergradient"
         )
     reason = f"{where}, where {how}"
-    if polish:
+    if is_polished:
         reason += f"; x is off by {trial.error_of_x:.0e}, which one Newton step removes"
     warning = ""
     if trial.outcome != "successful":

@@ -42,7 +42,7 @@ def recommend(
     5. Otherwise `Implicit`. Its linear solver, and how exactly it must solve, are found by
        trial: the loosest tolerance whose hypergradient differs from a tight one by less
        than a third of `rtol`. Of a fixed point the Neumann series, where its contraction
-       makes that cheaper. If x is less exact than `rtol` allows, `polish=True`.
+       makes that cheaper. If x is less exact than `rtol` allows, `Polished`.
 
     **Arguments:**
 

@@ -12,7 +12,13 @@ from jaxtyping import Array, Int, PyTree, Scalar
 
 from ..._inner._asked import Asked
 from ..._inner._own_scale import norm, own_magnitude
-from ..._linear import Direct, LinearSolution, default_linear_solver, solve_linear
+from ..._linear import (
+    AbstractDirectLinearSolver,
+    Direct,
+    LinearSolution,
+    default_linear_solver,
+    solve_linear,
+)
 from ..._linear._transposed import transposed
 from ..._problem import Linearised
 from ..._results import RESULTS, first_failure
@@ -103,7 +109,7 @@ def reached(residual: PyTree, x: PyTree, x0: PyTree, asked: Asked) -> Reached:
 
 
 def direct_at(
-    end: Reached, solver: Direct, matvec: Callable[[PyTree], PyTree]
+    end: Reached, solver: AbstractDirectLinearSolver, matvec: Callable[[PyTree], PyTree]
 ) -> Callable[[PyTree], LinearSolution]:
     """`b -> A^-1 b`; `inner_not_converged` where x is too far from a solution.
 

@@ -1,20 +1,18 @@
 """What is known of the error of an implicit hypergradient."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Scalar
 
 from ..._inner._base import Counts
 from ..._linear import solve_linear
 from ..._problem import Bilevel, Linearised, strong_convexity
-from ..._results import RESULTS, first_failure
-from ..._tree import default_rtol, tree_norm, tree_scale, unbounded
-from .._base import Estimate
-from .._point import point
+from ..._results import RESULTS
+from ..._tree import tree_dtype, tree_norm, tree_scale, unbounded
+from .._at_solution import Adjoint, Solved
+from .._base import Query
 from ._adjoint import evidence_solver
 from ._bound import BOUND_PRODUCTS, error_bound
 from ._refine import Refined, refine_twice, start
@@ -23,46 +21,48 @@ from ._refine import Refined, refine_twice, start
 _ESTIMATE_RTOL = 1e-2
 
 
-def with_evidence(
-    estimate: Estimate,
-    problem: Bilevel,
-    theta: PyTree,
-    linear_solver: Any,
-    preconditioner: Callable | None,
-    wants_error: bool,
-    polish: bool,
-) -> Estimate:
-    """`estimate` with an error estimate, polished, with a bound, as far as asked for."""
-    modulus = strong_convexity(problem.inner, theta)
-    if not (wants_error or polish or modulus is not None):
-        return estimate
-    x, v = estimate.x, estimate.v
-    x_dtype = estimate.inner_residual.dtype
-    rtol = default_rtol(x) if polish else _ESTIMATE_RTOL
-    solver = evidence_solver(linear_solver, x, problem.inner.is_symmetric, rtol)
-    first = start(x, v, estimate.grad, theta)
-    refined = refine_twice(problem, theta, first, solver, preconditioner)
-    estimate = _counted(estimate, refined)
-    if wants_error or polish:
-        # Where Newton's method does not contract its step tells nothing of the error.
-        is_known = refined.is_contracting & (refined.result == RESULTS.successful)
-        error = jnp.where(is_known, refined.change, unbounded(refined.change))
-        estimate = dataclasses.replace(estimate, error_estimate=error.astype(x_dtype))
-    if polish:
-        estimate = _polished(estimate, refined, problem, theta)
-    return with_bound(estimate, problem, refined.next_x if polish else refined.x, theta)
+def with_error(
+    query: Query, solved: Solved, found: Adjoint, linear_solver: Any, is_wanted: bool
+) -> Adjoint:
+    """What was found, with an estimate of its error and a bound, as far as asked for."""
+    if not (is_wanted or strong_convexity(query.condition, query.theta) is not None):
+        return found
+    refined, counts = newton_step(query, solved, found, linear_solver, _ESTIMATE_RTOL)
+    evidence = {"error_estimate": error_before(refined)} if is_wanted else {}
+    bound = bound_at(query.problem, solved.inner.x, refined.x, query.theta, found.v)
+    return found.with_evidence(evidence, counts, refined.num_steps).with_evidence(*bound)
 
 
-def with_bound(estimate: Estimate, problem: Bilevel, newton_x: PyTree, theta: PyTree) -> Estimate:
-    """`estimate` with an error bound, if a modulus of strong convexity is known."""
+def newton_step(
+    query: Query, solved: Solved, found: Adjoint, linear_solver: Any, rtol: Any
+) -> tuple[Refined, Counts]:
+    """One Newton step on x and v together, and what it took."""
+    x = solved.inner.x
+    solver = evidence_solver(linear_solver, x, query.condition.is_symmetric, rtol)
+    first = start(x, found.v, found.grad, query.theta)
+    refined = refine_twice(query.problem, query.theta, first, solver, found.preconditioner)
+    num = refined.num_refinements
+    return refined, Counts(gradients=num, hessian=refined.num_products, cross=num)
+
+
+def error_before(s: Refined) -> Scalar:
+    """Of the hypergradient before the Newton step, how far that moved it."""
+    # Where Newton's method does not contract its step tells nothing of the error.
+    is_known = s.is_contracting & (s.result == RESULTS.successful)
+    return jnp.where(is_known, s.change, unbounded(s.change)).astype(s.inner_residual.dtype)
+
+
+def bound_at(
+    problem: Bilevel, x: PyTree, newton_x: PyTree, theta: PyTree, v: PyTree
+) -> tuple[dict[str, Scalar], Counts]:
+    """`error_bound` and what it took, if a modulus of strong convexity is known."""
     modulus = strong_convexity(problem.inner, theta)
     if modulus is None:
-        return estimate
-    bound = error_bound(problem, estimate.x, newton_x, theta, estimate.v, modulus)
+        return {}, Counts()
+    bound = error_bound(problem, x, newton_x, theta, v, modulus)
     is_known = jnp.isfinite(bound) & (modulus > 0)
-    bound = jnp.where(is_known, bound, unbounded(bound)).astype(estimate.inner_residual.dtype)
-    estimate = dataclasses.replace(estimate, error_bound=bound)
-    return _count(estimate, Counts(hessian=BOUND_PRODUCTS))
+    bound = jnp.where(is_known, bound, unbounded(bound)).astype(tree_dtype(x))
+    return {"error_bound": bound}, Counts(hessian=BOUND_PRODUCTS)
 
 
 def damping_bias(
@@ -75,37 +75,3 @@ def damping_bias(
     w = solve_linear(linear_solver, matvec, v, is_symmetric=symmetric)
     _, cross = at.both(tree_scale(damping, w.value))
     return tree_norm(cross), w.num_products + 1
-
-
-def _polished(estimate: Estimate, s: Refined, problem: Bilevel, theta: PyTree) -> Estimate:
-    at = point(problem, s.x, theta)
-    late = RESULTS.where(s.is_contracting, RESULTS.successful, RESULTS.inner_not_converged)
-    result = RESULTS.where(s.result == RESULTS.successful, late, s.result)
-    result = RESULTS.where(jnp.isfinite(s.change), result, RESULTS.nonfinite)
-    return dataclasses.replace(
-        estimate,
-        value=at.value,
-        grad=s.grad,
-        aux=at.aux,
-        x=s.x,
-        v=s.v,
-        inner_residual=s.inner_residual,
-        adjoint_residual=s.adjoint_residual,
-        dual_value=at.dual_value(s.v),
-        result=first_failure(estimate.result, result),
-    )
-
-
-def _counted(estimate: Estimate, s: Refined) -> Estimate:
-    num = s.num_refinements
-    estimate = _count(estimate, Counts(gradients=num, hessian=s.num_products, cross=num))
-    stats = dict(estimate.stats)
-    stats["num_adjoint_steps"] = stats["num_adjoint_steps"] + s.num_steps
-    return eqx.tree_at(lambda e: e.stats, estimate, stats)
-
-
-def _count(estimate: Estimate, counts: Counts) -> Estimate:
-    stats = dict(estimate.stats)
-    for name in ("num_gradients", "num_hessian_products", "num_cross_products"):
-        stats[name] = stats[name] + getattr(counts, name)
-    return eqx.tree_at(lambda e: e.stats, estimate, stats)

@@ -13,7 +13,14 @@ from jaxtyping import Array, Bool, PyTree, Scalar
 from ..._checks import check_count
 from ..._inner._asked import asked_of
 from ..._inner._base import Counts
-from ..._linear import Direct, LinearSolution, default_linear_solver, solve_linear, verify
+from ..._linear import (
+    AbstractDirectLinearSolver,
+    Direct,
+    LinearSolution,
+    default_linear_solver,
+    solve_linear,
+    verify,
+)
 from ..._linear._minres import MINRES
 from ..._problem import AbstractCondition, Linearised
 from ..._raise import or_fail
@@ -125,6 +132,10 @@ class MinimumNorm(AbstractAtSolution):
             },
         )
 
+    @property
+    def is_inexact(self) -> bool:
+        return self.inexact
+
     def inner_result(self, result: RESULTS) -> RESULTS:
         return super().inner_result(result) if self.inexact else result
 
@@ -212,7 +223,7 @@ def _solver_at(
     end: Reached | None,
 ) -> Callable[[PyTree], LinearSolution]:
     """The solver of the systems at x; with `end`, it sees whether x is a solution."""
-    if isinstance(solver, Direct) and is_symmetric and end is not None:
+    if isinstance(solver, AbstractDirectLinearSolver) and is_symmetric and end is not None:
         return direct_at(end, solver, matvec)
     return lambda b: solve_linear(solver, matvec, b, is_symmetric=is_symmetric)
 
@@ -265,7 +276,7 @@ def _solve_and_probe(
 
 def _blindness(solver: lx.AbstractLinearSolver, x: PyTree) -> float:
     """What `B^T` may see of a null vector: rounding, or the tolerance of the solve."""
-    if isinstance(solver, Direct):
+    if isinstance(solver, AbstractDirectLinearSolver):
         return 10 * float(jnp.finfo(tree_dtype(x)).eps) ** 0.5
     return 100 * default_rtol(x)
 

@@ -11,7 +11,6 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from ..._inner._base import AbstractInnerSolver, Counts, run
-from ..._inner._descent import Descent
 from ..._loop._scan import repeat
 from ..._raise import or_fail
 from ..._results import RESULTS
@@ -24,12 +23,13 @@ Step = Callable[[PyTree], PyTree]
 
 # Every step of these moves x by a smooth function of x and theta: no trial is rejected, and
 # none only evaluates. The carry of Optimistix' loop and of ours begins with x.
-_OWN = (optx.OptaxMinimiser, optx.Newton, optx.Chord)
+_OF_OPTIMISTIX = (optx.OptaxMinimiser, optx.Newton, optx.Chord)
 
 
 def has_own_steps(solver: AbstractInnerSolver | optx.AbstractIterativeSolver) -> bool:
     """Whether more of its own steps can be taken, and differentiated."""
-    return isinstance(algorithm_of(solver), (Descent, *_OWN))
+    algorithm = algorithm_of(solver)
+    return getattr(algorithm, "steps_by_gradient", isinstance(algorithm, _OF_OPTIMISTIX))
 
 
 def estimate_by_steps(

@@ -11,7 +11,6 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from ..._inner._base import AbstractSteppingSolver, Counts
-from ..._inner._descent import Descent
 from ..._problem import AbstractCondition, Minimum
 from ..._tree import stop_gradient, tree_dot, tree_norm, tree_sub, tree_zeros_like
 from .._base import AbstractHypergradient, Estimate, HypergradientState, Query, as_stats
@@ -163,7 +162,7 @@ def _shifted(condition: AbstractCondition, shift: PyTree) -> Minimum:
 def _check_optimiser(solver: Any) -> Any:
     """Raise unless each step is an update of an Optax optimiser."""
     bare = algorithm_of(solver)
-    if not isinstance(bare, Descent | optx.OptaxMinimiser):
+    if not getattr(bare, "steps_by_gradient", isinstance(bare, optx.OptaxMinimiser)):
         raise TypeError(
             "`SAMA` differentiates the update of an Optax optimiser, and "
             f"{type(bare).__name__} has none: use bx.Descent(optimizer, num_steps=...) or "

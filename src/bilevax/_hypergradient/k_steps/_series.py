@@ -27,8 +27,8 @@ from .._at_solution import Adjoint
 from .._base import Query
 from .._call import Call
 from .._point import Point
-from ..implicit._implicit import solved_or_fail
 from ..implicit._implicit_function import System, attach_derivative
+from ..implicit._rule import solved_or_fail
 
 # A residual above this is worse than no answer at all, which has one.
 MOST_LEFT = 1.1

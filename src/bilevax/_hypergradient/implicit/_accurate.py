@@ -7,19 +7,21 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import lineax as lx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
+from ..._checks import check_tolerance
 from ..._inner._base import AbstractInnerSolver, Counts, InnerSolution
-from ..._inner._newton_cg import NewtonCG
-from ..._inner._optimistix import Optimistix
-from ..._precondition._base import AbstractPreconditioner
+from ..._precondition._base import AbstractPreconditioner, as_preconditioner
+from ..._problem import AbstractCondition
 from ..._results import RESULTS
 from ..._tree import tree_dtype, tree_norm, tree_size
 from .._base import Estimate, HypergradientState, Query, as_stats
 from .._point import dual_value
 from ._adjoint import DENSE_EVIDENCE, evidence_solver
-from ._evidence import with_bound
+from ._evidence import bound_at
 from ._refine import Refined, refine, start
+from ._rule import AbstractImplicit
 
 _MAX_REFINEMENTS = 6
 _MAX_ATTEMPTS = 4
@@ -30,7 +32,7 @@ _FLOOR = 10.0
 _LOOSEST = 0.1
 
 
-class Accurate(NamedTuple):
+class _Found(NamedTuple):
     """A hypergradient to accuracy, and what it took."""
 
     refined: Refined
@@ -45,12 +47,12 @@ class Accurate(NamedTuple):
 
 
 class _Carry(NamedTuple):
-    out: Accurate
+    out: _Found
     is_accurate: Bool[Array, ""]
     num_attempts: Int[Array, ""]
 
 
-def first_tolerances(rtol: Any, x: PyTree) -> Array:
+def _first_tolerances(rtol: Any, x: PyTree) -> Array:
     """Of the inner solve and of the linear systems.
 
     One Newton step squares the error of x, so that the root of the accuracy will do; the
@@ -62,71 +64,106 @@ def first_tolerances(rtol: Any, x: PyTree) -> Array:
     return jnp.stack([jnp.clip(jnp.sqrt(rtol), floor, _LOOSEST), jnp.clip(0.1 * rtol, floor, 0.1)])
 
 
-def estimate_to_accuracy(
-    query: Query,
-    linear_solver: Any,
-    preconditioner: AbstractPreconditioner | None,
-    accuracy: tuple[Any, Any],
-    state: HypergradientState,
-) -> tuple[Estimate, HypergradientState]:
-    """The estimate of `Implicit(rtol=..., atol=...)`."""
-    problem, inner_solver, _, theta = query
-    query = query._replace(inner_solver=_dense_if_small(inner_solver, query.start), x0=query.start)
-    memory = (state.inner, state.tolerances, state.preconditioner)
-    found = _hypergradient_to_accuracy(
-        query, linear_solver, preconditioner, accuracy, state.v, memory
+class Accurate(AbstractImplicit):
+    """The hypergradient to an accuracy that you choose: the error itself, not residuals.
+
+    `||grad - exact|| <= rtol ||grad|| + atol`, or flagged: `inaccurate` where that was not
+    reached, `stalled` where the precision of the numbers does not give it. An inner solve, then
+    Newton steps on x and v together, until the hypergradient moves by no more than that; where
+    Newton's method does not contract, the inner solve goes on to a tighter tolerance. The
+    tolerances of the inner solve and of the linear systems are coupled, tightened where needed
+    and loosened again from one outer step to the next; `inner_tolerance` and
+    `adjoint_tolerance` report them.
+
+    **Arguments:**
+
+    - `rtol`, `atol`: relative and absolute error of the hypergradient.
+    - `linear_solver`, `preconditioner`: as in `bx.Implicit`. With at most 256 variables the
+        steps are taken with a factorisation of `A`.
+
+    In `bx.argmin`, and as an adjoint of Optimistix, where no hypergradient is known, the rule is
+    `bx.Implicit`.
+
+    **Cost:** two Newton steps at least, each of a linearisation and two linear solves.
+
+    **Exact when** the Newton steps converge: then to `rtol`, by the size of the last one.
+
+    !!! example
+
+        ```python
+        import bilevax as bx
+
+        rule = bx.Accurate(1e-3)
+        ```
+
+    Reference: Newton's method on `(grad_x U, A v - d_x L) = 0`.
+    """
+
+    rtol: float | Scalar
+    atol: float | Scalar = 0.0
+    linear_solver: lx.AbstractLinearSolver | None = None
+    preconditioner: AbstractPreconditioner | None = eqx.field(
+        default=None, converter=as_preconditioner
     )
-    s = found.refined
-    value, aux = problem.outer_value(s.x, theta)
-    residual = problem.inner.residual_here(s.x, theta)
-    evidence = {
-        "adjoint_residual": s.adjoint_residual,
-        "adjoint_tolerance": state.tolerances[1].astype(s.adjoint_residual.dtype),
-        "error_estimate": s.change.astype(s.inner_residual.dtype),
-        "dual_value": dual_value(value, s.v, residual),
-    }
-    estimate = Estimate(
-        value=value,
-        grad=s.grad,
-        aux=aux,
-        x=s.x,
-        v=s.v,
-        inner_residual=s.inner_residual,
-        inner_tolerance=found.inner.tolerance,
-        result=found.result,
-        stats=as_stats(found.counts, found.num_inner_steps, found.num_adjoint_steps),
-        **evidence,
-    )
-    estimate = with_bound(estimate, problem, s.next_x, theta)
-    new_state = HypergradientState(
-        s.x, s.v, found.inner_state, state.linear, found.preconditioner, found.tolerances
-    )
-    return estimate, new_state
+
+    def __check_init__(self) -> None:
+        check_tolerance("Accurate", rtol=self.rtol, atol=self.atol)
+
+    def with_linear_rtol(self, rtol: Scalar, condition: AbstractCondition, x: PyTree) -> None:
+        del rtol, condition, x  # it chooses itself
+
+    def init(self, query: Query) -> HypergradientState:
+        first = super().init(query)
+        return dataclasses.replace(first, tolerances=_first_tolerances(self.rtol, first.x))
+
+    def estimate(
+        self, query: Query, state: HypergradientState
+    ) -> tuple[Estimate, HypergradientState]:
+        problem, inner_solver, _, theta = query
+        inner_solver = _dense_if_small(inner_solver, query.start)
+        query = query._replace(inner_solver=inner_solver, x0=query.start)
+        found = _hypergradient_to_accuracy(self, query, state)
+        s = found.refined
+        value, aux = problem.outer_value(s.x, theta)
+        residual = problem.inner.residual_here(s.x, theta)
+        bound, counts = bound_at(problem, s.x, s.next_x, theta, s.v)
+        counts = found.counts + counts
+        estimate = Estimate.of(
+            value,
+            s.grad,
+            found.result,
+            aux=aux,
+            x=s.x,
+            v=s.v,
+            inner_residual=s.inner_residual,
+            inner_tolerance=found.inner.tolerance,
+            stats=as_stats(counts, found.num_inner_steps, found.num_adjoint_steps),
+            adjoint_residual=s.adjoint_residual,
+            adjoint_tolerance=state.tolerances[1].astype(s.adjoint_residual.dtype),
+            error_estimate=s.change.astype(s.inner_residual.dtype),
+            dual_value=dual_value(value, s.v, residual),
+            **bound,
+        )
+        new_state = HypergradientState(
+            s.x, s.v, found.inner_state, state.linear, found.preconditioner, found.tolerances
+        )
+        return estimate, new_state
 
 
-def _hypergradient_to_accuracy(
-    query: Query,
-    linear_solver: Any,
-    preconditioner: AbstractPreconditioner | None,
-    accuracy: tuple[Any, Any],
-    v: PyTree,
-    state: tuple[PyTree, Array, PyTree],
-) -> Accurate:
+def _hypergradient_to_accuracy(rule: Accurate, query: Query, state: HypergradientState) -> _Found:
     """The hypergradient to `||error|| <= rtol ||grad|| + atol`, or flagged.
 
-    An inner solve, then Newton steps on x and v together until the hypergradient moves by
-    no more than what was asked for (the error of the one before the last); where Newton's
-    method does not contract, the inner solve goes on to a tighter tolerance.
+    By how far it moves, which is the error of the one before the last.
     """
 
     def attempt(carry: _Carry) -> _Carry:
-        return _attempt(query, linear_solver, preconditioner, accuracy, carry)
+        return _attempt(rule, query, carry)
 
     def is_running(carry: _Carry) -> Bool[Array, ""]:
         is_finite = carry.out.result != RESULTS.nonfinite
         return ~carry.is_accurate & (carry.num_attempts < _MAX_ATTEMPTS) & is_finite
 
-    blank = _blank(query, v, state)
+    blank = _blank(query, state)
     return jax.lax.while_loop(is_running, attempt, blank).out
 
 
@@ -136,28 +173,21 @@ def _dense_if_small(solver: AbstractInnerSolver, x: PyTree) -> AbstractInnerSolv
     Of fewer steps: each of the attempts goes on where the last one stopped, and what such steps
     do not solve by the hundred, more of them do not either.
     """
-    if tree_size(x) > DENSE_EVIDENCE or not isinstance(solver, Optimistix):
-        return solver
-    if not isinstance(solver.solver, NewtonCG) or solver.solver.dense is not None:
-        return solver
-    max_steps = min(solver.max_steps, _MAX_DENSE_STEPS)
-    solver = dataclasses.replace(solver, max_steps=max_steps)
-    return eqx.tree_at(lambda s: s.solver.dense, solver, True, is_leaf=lambda leaf: leaf is None)
+    return solver if tree_size(x) > DENSE_EVIDENCE else solver.factorised(_MAX_DENSE_STEPS)
 
 
-def _blank(query: Query, v: PyTree, state: tuple[PyTree, Array, PyTree]) -> _Carry:
+def _blank(query: Query, state: HypergradientState) -> _Carry:
     problem, inner_solver, x, theta = query
-    inner_state, tolerances, preconditioner_state = state
-    struct = jax.eval_shape(lambda: inner_solver.solve(problem.inner, x, theta, inner_state)[0])
+    struct = jax.eval_shape(lambda: inner_solver.solve(problem.inner, x, theta, state.inner)[0])
     inner = jtu.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
     zero = jnp.zeros((), jnp.int32)
-    refined = start(x, v, None, theta)
-    out = Accurate(
+    refined = start(x, state.v, None, theta)
+    out = _Found(
         refined,
         inner,
-        inner_state,
-        tolerances,
-        preconditioner_state,
+        state.inner,
+        state.tolerances,
+        state.preconditioner,
         Counts(),
         zero,
         zero,
@@ -166,13 +196,8 @@ def _blank(query: Query, v: PyTree, state: tuple[PyTree, Array, PyTree]) -> _Car
     return _Carry(out, jnp.array(False), zero)
 
 
-def _attempt(
-    query: Query,
-    linear_solver: Any,
-    preconditioner: AbstractPreconditioner | None,
-    accuracy: tuple[Any, Any],
-    carry: _Carry,
-) -> _Carry:
+def _attempt(rule: Accurate, query: Query, carry: _Carry) -> _Carry:
+    accuracy, preconditioner = (rule.rtol, rule.atol), rule.preconditioner
     (problem, inner_solver, _, theta), out = query, carry.out
     inner_rtol, linear_rtol = out.tolerances[0], out.tolerances[1]
     # 1. x to the tolerance of this attempt, from the best point so far
@@ -181,7 +206,7 @@ def _attempt(
     inner, inner_state = solver.solve(problem.inner, out.refined.x, theta, out.inner_state)
     # 2. Newton steps on x and v
     is_symmetric = problem.inner.is_symmetric
-    newton = evidence_solver(linear_solver, inner.x, is_symmetric, linear_rtol)
+    newton = evidence_solver(rule.linear_solver, inner.x, is_symmetric, linear_rtol)
     apply, memory, extra = None, out.preconditioner, jnp.zeros((), jnp.int32)
     if preconditioner is not None:
         matvec = problem.inner.linearise(inner.x, theta).forward
@@ -209,7 +234,7 @@ def _attempt(
         hessian=refined.num_products + extra,
         cross=refined.num_refinements,
     )
-    new = Accurate(
+    new = _Found(
         refined=refined,
         inner=inner,
         inner_state=inner_state,
