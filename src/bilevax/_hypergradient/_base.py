@@ -1,7 +1,8 @@
 """Hypergradient rules: `problem, x0, theta, state -> Estimate, state`."""
 
 import abc
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
@@ -83,9 +84,14 @@ class Estimate(eqx.Module):
     @classmethod
     def of(cls, value: Scalar, grad: PyTree, *results: RESULTS, **fields: Any) -> "Estimate":
         """The estimate whose outcome is the first failure of `results`, then of its numbers."""
-        is_finite = tree_all_finite((value, grad))
-        finite = RESULTS.where(is_finite, RESULTS.successful, RESULTS.nonfinite)
-        return cls(value=value, grad=grad, result=first_failure(*results, finite), **fields)
+        result = first_failure(*results, finite_or_not((value, grad)))
+        return cls(value=value, grad=grad, result=result, **fields)
+
+    def also(self, result: RESULTS, stats: Mapping[str, Any] | None = None) -> "Estimate":
+        """The same after a further test: with its verdict, if it failed, and what it took."""
+        result = RESULTS.where(result == RESULTS.successful, self.result, result)
+        more = {name: self.stats[name] + count for name, count in (stats or {}).items()}
+        return dataclasses.replace(self, result=result, stats={**self.stats, **more})
 
     def __repr__(self) -> str:
         return summary(self)
@@ -214,6 +220,11 @@ class AbstractHypergradient(OneLine, optx.AbstractAdjoint):
     @abc.abstractmethod
     def differentiates_start(self) -> bool:
         """Whether a dependence of `x0` on theta reaches the hypergradient."""
+
+
+def finite_or_not(numbers: PyTree) -> RESULTS:
+    """`nonfinite`, unless all are numbers."""
+    return RESULTS.where(tree_all_finite(numbers), RESULTS.successful, RESULTS.nonfinite)
 
 
 def estimate_of(rule: AbstractHypergradient, *args: Any) -> tuple[Estimate, HypergradientState]:

@@ -132,11 +132,9 @@ def _hypergradient(
         estimate, new_state = _estimate(
             problem, inner_solver, MinimumNorm(), start, theta, new_state
         )
-        stats = jax.tree_util.tree_map(jnp.add, first.stats, estimate.stats)
-        estimate = eqx.tree_at(lambda e: e.stats, estimate, stats)
+        estimate = estimate.also(RESULTS.successful, first.stats)
     if is_unexplained(estimate.result):
-        result = explained(problem, x0, theta, estimate.x, estimate.result)
-        estimate = eqx.tree_at(lambda e: e.result, estimate, result)
+        estimate = estimate.also(explained(problem, x0, theta, estimate.x, estimate.result))
     return raise_failure(estimate) if throw else estimate, new_state
 
 

@@ -80,16 +80,14 @@ def follow(
         condition, linear_solver, estimate.x, theta, step, prediction.move, is_visible
     )
     jumped = _disagree(move, prediction.move) | (is_known & _disagree(move, back))
-    flagged = RESULTS.where(
-        jumped & is_visible & is_right(estimate), RESULTS.jumped, estimate.result
-    )
-    stats = dict(estimate.stats)
-    stats["num_gradients"] = stats["num_gradients"] + 1
-    products = prediction.num_products + num_products
-    stats["num_hessian_products"] = stats["num_hessian_products"] + products
-    cross = prediction.num_cross_products + is_visible.astype(jnp.int32)
-    stats["num_cross_products"] = stats["num_cross_products"] + cross
-    return eqx.tree_at(lambda e: (e.result, e.stats), estimate, (flagged, stats))
+    is_jump = jumped & is_visible & is_right(estimate)
+    flag = RESULTS.where(is_jump, RESULTS.jumped, RESULTS.successful)
+    stats = {
+        "num_gradients": 1,
+        "num_hessian_products": prediction.num_products + num_products,
+        "num_cross_products": prediction.num_cross_products + is_visible.astype(jnp.int32),
+    }
+    return estimate.also(flag, stats)
 
 
 def _disagree(move: PyTree, tangent: PyTree) -> Bool[Array, ""]:

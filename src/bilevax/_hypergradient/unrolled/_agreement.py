@@ -1,6 +1,5 @@
 """Whether the derivative of the steps is that of the solution they converged to."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,9 +12,8 @@ from ..._inner._asked import asked_of
 from ..._inner._base import Counts, measure
 from ..._linear import CG, GMRES, solve_linear, verify
 from ..._problem import AbstractCondition, Bilevel
-from ..._results import RESULTS, first_failure
+from ..._results import RESULTS
 from ..._tree import default_rtol, signs_like, tree_dtype, tree_norm, tree_sub, unbounded
-from .._base import Estimate
 
 # At a solution `A J + B = 0`, J the derivative of x in theta. Hence for every v
 # `J'(A v) = -B'v`, and with `A v = d_x L` the way back through the steps must have found
@@ -116,20 +114,27 @@ def disagreement(
     return error, expected.is_known & ~(error <= most)
 
 
+class Judged(NamedTuple):
+    """What a hypergradient through steps is, beside the derivative of these."""
+
+    evidence: dict[str, Array]  # fields of `Estimate`
+    result: RESULTS
+
+
 def judged(
-    estimate: Estimate,
     problem: Bilevel,
+    x: PyTree,
     theta: PyTree,
+    grad: PyTree,
     at: Convergence,
     largest: float = LARGEST_ERROR,
-) -> Estimate:
-    """An estimate through steps with its error, and with the flag that belongs to it.
+) -> Judged:
+    """The error of a hypergradient through steps, and the flag that belongs to it.
 
     The error is infinite where it is not known: where `x` is no solution, or the adjoint
     system has none. Where `x` is no solution nothing is computed.
     """
-    condition, x = problem.inner, estimate.x
-    dtype = estimate.inner_residual.dtype
+    condition, dtype = problem.inner, at.residual.dtype
 
     def check() -> tuple[Scalar, Bool[Array, ""], Bool[Array, ""]]:
         outer = jax.grad(lambda x, theta: problem.outer_value(x, theta)[0], (0, 1))
@@ -139,7 +144,7 @@ def judged(
         expected = implied(
             condition.residual_here, x, theta, b, condition.is_symmetric, at.explained
         )
-        found = tree_sub(estimate.grad, grad_theta)
+        found = tree_sub(grad, grad_theta)
         error, is_wrong = disagreement(found, expected, at.explained, largest)
         return error.astype(dtype), expected.is_known, is_wrong
 
@@ -149,9 +154,9 @@ def judged(
     error, is_known, is_wrong = jax.lax.cond(at.is_solution, check, leave)
     is_known &= at.is_solution
     result = RESULTS.where(is_known & is_wrong, RESULTS.path_dependent, RESULTS.successful)
-    return dataclasses.replace(
-        estimate,
-        error_estimate=jnp.where(is_known, error, unbounded(error)),
-        is_bilevel=is_known & ~is_wrong,
-        result=first_failure(estimate.result, result),
-    )
+    evidence = {
+        "inner_residual": at.residual,
+        "error_estimate": jnp.where(is_known, error, unbounded(error)),
+        "is_bilevel": is_known & ~is_wrong,
+    }
+    return Judged(evidence, result)

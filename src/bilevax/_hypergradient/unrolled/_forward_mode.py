@@ -14,16 +14,21 @@ from ..._checks import check_positive
 from ..._inner._base import AbstractInnerSolver, AbstractSteppingSolver, Counts, run
 from ..._problem import AbstractCondition, start_at
 from ..._raise import or_fail
-from ..._results import RESULTS
 from ..._tree import (
     flat_to_tree,
     is_symbolic,
     stop_gradient,
-    tree_all_finite,
     tree_basis,
     tree_size,
 )
-from .._base import AbstractHypergradient, Estimate, HypergradientState, Query, as_stats
+from .._base import (
+    AbstractHypergradient,
+    Estimate,
+    HypergradientState,
+    Query,
+    as_stats,
+    finite_or_not,
+)
 from .._call import Call
 from .._derivative import refuse_backward, unmoved
 from ._agreement import convergence, judged
@@ -106,15 +111,10 @@ class ForwardMode(AbstractHypergradient):
         grad = jtu.tree_map(lambda g, t: g.astype(t.dtype), flat_to_tree(slopes, theta), theta)
         at = convergence(condition, solver, x, start_at(x0, theta), theta, count)
         products = count * tree_size(theta)
-        estimate = Estimate.of(
-            value,
-            grad,
-            aux=aux,
-            x=x,
-            inner_residual=at.residual,
-            stats=as_stats(Counts(count + 2, products, products), count, 0),
-        )
-        estimate = judged(estimate, problem, theta, at)
+        stats = as_stats(Counts(count + 2, products, products), count, 0)
+        found = judged(problem, x, theta, grad, at)
+        results = (finite_or_not((value, grad)), found.result)
+        estimate = Estimate.of(value, grad, *results, aux=aux, x=x, stats=stats, **found.evidence)
         return estimate, HypergradientState(x=x, v=None, inner=inner_state)
 
     def differentiable_estimate(
@@ -137,8 +137,7 @@ class ForwardMode(AbstractHypergradient):
         condition = query.condition
         steps = Steps(run, residual_of, condition.is_symmetric, query.inner_solver)
         x, _ = watched(steps, (condition, query.x0, query.theta), query.start, throw)
-        result = RESULTS.where(tree_all_finite(x), RESULTS.successful, RESULTS.nonfinite)
-        return or_fail(x, result, throw)
+        return or_fail(x, finite_or_not(x), throw)
 
     def attach_to_call(self, call: Call) -> tuple[PyTree[Array], PyTree]:
         call = call.at_most(self.num_steps)

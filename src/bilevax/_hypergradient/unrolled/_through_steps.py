@@ -15,13 +15,22 @@ from ..._loop._scan import Checkpoints, repeat
 from ..._problem import AbstractCondition, start_at
 from ..._raise import or_fail
 from ..._results import RESULTS
-from ..._tree import tree_all_finite, tree_dtype
-from .._base import AbstractHypergradient, Estimate, HypergradientState, Query, as_stats
+from ..._tree import tree_dtype
+from .._base import (
+    AbstractHypergradient,
+    Estimate,
+    HypergradientState,
+    Query,
+    as_stats,
+    finite_or_not,
+)
 from ._agreement import LARGEST_ERROR, convergence, judged
 from ._watched import Steps, residual_of, watched
 
 # x, the solver's state for the next solve, the steps taken, the steps differentiated
 Unrolling = tuple[PyTree, PyTree, Array, Array]
+# what a rule knows better: an outcome, the error of its estimate, what that took
+Own = tuple[RESULTS, Array, Counts]
 
 
 class AbstractThroughSteps(AbstractHypergradient):
@@ -60,8 +69,7 @@ class AbstractThroughSteps(AbstractHypergradient):
         args = (query.condition, query.x0, query.theta)
         steps = Steps(run, residual_of, query.condition.is_symmetric, stepping)
         x, _ = watched(steps, args, query.start, throw, self._largest_error)
-        result = RESULTS.where(tree_all_finite(x), RESULTS.successful, RESULTS.nonfinite)
-        return or_fail(x, result, throw) if throw else x
+        return or_fail(x, finite_or_not(x), throw) if throw else x
 
     @property
     def _largest_error(self) -> float:
@@ -84,11 +92,13 @@ def estimate_through(
     state: HypergradientState,
     max_growth: float | None,
     largest_error: float = LARGEST_ERROR,
-) -> tuple[Estimate, HypergradientState, Probe]:
+    own: Callable[[Probe, PyTree, Array], Own] | None = None,
+) -> tuple[Estimate, HypergradientState]:
     """The estimate of a rule that differentiates `x` as a function of theta.
 
-    And what was seen on the way back: an adjoint that grew by more than `max_growth` (by
-    default what the precision allows) is flagged.
+    An adjoint that grew on the way back by more than `max_growth` (by default what the
+    precision allows) is flagged. `own` makes of what was seen there, of the hypergradient and of
+    the number of steps what the rule knows better.
     """
     problem, inner_solver, x0, theta = query
     dtype = tree_dtype(query.start)
@@ -104,25 +114,22 @@ def estimate_through(
     (value, rest), (grad, seen) = differentiate(theta, new_probe(dtype))
     aux, x, inner_state, num_steps, num_back = rest
     at = convergence(problem.inner, inner_solver, x, query.start, theta, num_steps)
-    result = RESULTS.where(tree_all_finite((value, grad)), RESULTS.successful, RESULTS.nonfinite)
     adjoint_growth = growth(seen)
-    # before "nonfinite": an adjoint that overflows has exploded first
     has_exploded = adjoint_growth > largest_growth(max_growth, dtype)
-    result = RESULTS.where(has_exploded, RESULTS.exploding, result)
+    exploded = RESULTS.where(has_exploded, RESULTS.exploding, RESULTS.successful)
+    # "exploding" before "nonfinite": an adjoint that overflows has exploded first
+    results = [exploded, finite_or_not((value, grad))]
     # Going back through a step recomputes it (one gradient) and transposes its derivative.
     counts = Counts(gradients=num_steps + num_back + 2, hessian=num_back, cross=num_back)
-    estimate = Estimate(
-        value=value,
-        grad=grad,
-        aux=aux,
-        x=x,
-        inner_residual=at.residual,
-        result=result,
-        stats=as_stats(counts, num_steps, 0),
-        adjoint_growth=adjoint_growth,
-    )
-    estimate = judged(estimate, problem, theta, at, largest_error)
-    return estimate, HypergradientState(x=x, v=None, inner=inner_state), seen
+    found = judged(problem, x, theta, grad, at, largest_error)
+    evidence = {"adjoint_growth": adjoint_growth, **found.evidence}
+    if own is not None:
+        result, evidence["error_estimate"], counts = own(seen, grad, num_steps)
+        results.append(result)
+    results.append(found.result)
+    stats = as_stats(counts, num_steps, 0)
+    estimate = Estimate.of(value, grad, *results, aux=aux, x=x, stats=stats, **evidence)
+    return estimate, HypergradientState(x=x, v=None, inner=inner_state)
 
 
 def repeat_until_done(

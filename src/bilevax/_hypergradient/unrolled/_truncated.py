@@ -1,6 +1,5 @@
 """Truncation: the derivative of the last steps only."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -17,12 +16,18 @@ from ..._loop._adaptive import repeat_until_negligible
 from ..._loop._probe import Probe, check_growth
 from ..._loop._scan import Checkpoints, check_checkpoints, num_checkpoints
 from ..._problem import AbstractCondition, start_at
-from ..._results import RESULTS, first_failure
+from ..._results import RESULTS
 from ..._tree import checkpointed_while_loop, lax_while_loop, stop_gradient, tree_norm
-from .._base import Estimate, HypergradientState, Query, as_stats
+from .._base import Estimate, HypergradientState, Query
 from .._call import Call
 from ._agreement import LARGEST_ERROR, LARGEST_TRUNCATION
-from ._through_steps import AbstractThroughSteps, Unrolling, estimate_through, repeat_until_done
+from ._through_steps import (
+    AbstractThroughSteps,
+    Own,
+    Unrolling,
+    estimate_through,
+    repeat_until_done,
+)
 from ._unrolled import Unrolled
 from ._watched import watched_call
 
@@ -200,32 +205,21 @@ class Truncated(AbstractThroughSteps):
     def estimate(
         self, query: Query, state: HypergradientState
     ) -> tuple[Estimate, HypergradientState]:
-        largest = self._largest_error
-        estimate, state, seen = estimate_through(
-            self.unroll, query, state, self.max_growth, largest
+        own = None if isinstance(self.num_steps, int) else self._remainder
+        return estimate_through(
+            self.unroll, query, state, self.max_growth, self._largest_error, own
         )
-        if isinstance(self.num_steps, int):
-            return estimate, state
-        norm = tree_norm(estimate.grad)
+
+    def _remainder(self, seen: Probe, grad: PyTree, num_steps: Array) -> Own:
+        """Of the series that was cut: its size, what to do about it, and what finding it took."""
+        norm = tree_norm(grad)
         error = jnp.maximum(seen.remainder, seen.jacobian_error * norm)
         result = RESULTS.where(error <= self.rtol * norm, RESULTS.successful, RESULTS.inaccurate)
         result = RESULTS.where(seen.is_growing > 0, RESULTS.burn_in, result)
-        # its own evidence first: it says what to do about it
-        is_own = estimate.result == RESULTS.path_dependent
-        steps_result = RESULTS.where(is_own, RESULTS.successful, estimate.result)
-        num_steps = estimate.stats["num_inner_steps"]
         num_back = seen.num_back.astype(jnp.int32)
         # a tangent costs about a Hessian product and a cross product
         counts = Counts(2 * num_steps + 2 * num_back + 2, num_steps + num_back, num_back)
-        return (
-            dataclasses.replace(
-                estimate,
-                error_estimate=error,
-                result=first_failure(steps_result, result, estimate.result),
-                stats=as_stats(counts, num_steps, 0),
-            ),
-            state,
-        )
+        return result, error, counts
 
     def _while_loop(
         self,

@@ -108,8 +108,7 @@ class Unrolled(AbstractThroughSteps):
     def estimate(
         self, query: Query, state: HypergradientState
     ) -> tuple[Estimate, HypergradientState]:
-        estimate, state, _ = estimate_through(self.unroll, query, state, self.max_growth)
-        return estimate, state
+        return estimate_through(self.unroll, query, state, self.max_growth)
 
     def differentiable_estimate(
         self, query: Query, state: HypergradientState
