@@ -145,6 +145,8 @@ def test_the_derivative_of_a_step_is_that_of_its_optimiser(name):
 
     x0 = start(THETA)
     carry = solver.start(condition, x0, THETA, solver.init(condition, x0, THETA))
+    # Not where it started: there `cocob` takes the larger of two equal numbers.
+    carry = (jtu.tree_map(lambda a: 1.01 * a, carry[0]), *carry[1:])
     for k in range(6):
         with jax.numpy_dtype_promotion("standard"):
             plain, ours, *derivatives = both(carry, THETA, cotangents(carry, k))

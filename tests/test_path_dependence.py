@@ -79,8 +79,8 @@ def on_quadratic(solver, rule):
 
 WRONG = {
     # How far its adjoint grows is chance.
-    "nonlinear cg": (optx.NonlinearCG(**TIGHT), bx.Unrolled(max_growth=math.inf)),
-    "nonlinear cg, forwards": (optx.NonlinearCG(**TIGHT), bx.ForwardMode()),
+    "nonlinear cg": (optx.NonlinearCG(1e-10, 1e-10), bx.Unrolled(max_growth=math.inf)),
+    "nonlinear cg, forwards": (optx.NonlinearCG(1e-10, 1e-10), bx.ForwardMode()),
 }
 RIGHT = {
     "bfgs": (optx.BFGS(**TIGHT), bx.Unrolled()),
@@ -255,7 +255,7 @@ def test_wrong_derivatives_of_steps_fail_in_the_solution_map():
     inner, x0, theta = ORACLE.problem.inner, ORACLE.x0, ORACLE.theta
 
     def value(theta, rule):
-        x = bx.argmin(inner, optx.NonlinearCG(**TIGHT), rule=rule)(x0, theta)
+        x = bx.argmin(inner, optx.NonlinearCG(1e-10, 1e-10), rule=rule)(x0, theta)
         return ORACLE.problem.outer_value(x, theta)[0]
 
     with pytest.raises(Exception, match="its derivative through the steps has not"):
