@@ -12,11 +12,14 @@ from ._problem import (
     FixedPoint as FixedPoint,
     LeastSquares as LeastSquares,
     Minimum as Minimum,
+    ProximalMinimum as ProximalMinimum,
     Root as Root,
 )
 from ._inner._newton_cg import NewtonCG as NewtonCG
 from ._inner._lbfgs import LBFGS as LBFGS
 from ._inner._descent import Descent as Descent
+from ._inner._proximal_gradient import ProximalGradient as ProximalGradient
+from ._inner._proximal_newton import ProximalNewton as ProximalNewton
 from ._inner._batches import Minibatches as Minibatches
 from ._inner._optimistix import Optimistix as Optimistix
 from ._inner._external import External as External, Given as Given, Traceable as Traceable
@@ -56,16 +59,17 @@ from ._report._history import History as History
 from ._report._solution import Solution as Solution
 from ._results import RESULTS as RESULTS, SolveError as SolveError
 
-from . import linear as linear, precondition as precondition, records as records
+from . import linear as linear, precondition as precondition, prox as prox, records as records
 from ._habits import explain_keywords as _explain_keywords, explain_name as _explain_name
 
 _explain_keywords(globals(), "bx.")
 _explain_keywords(vars(linear), "bx.linear.")
 _explain_keywords(vars(precondition), "bx.precondition.")
+_explain_keywords(vars(prox), "bx.prox.")
 
 
 def __getattr__(name: str) -> object:
-    homes = {"linear": linear, "precondition": precondition, "records": records}
+    homes = {"linear": linear, "precondition": precondition, "prox": prox, "records": records}
     for home, module in homes.items():
         if name in vars(module) and not name.startswith("_"):
             _warn(f"bx.{name} is bx.{home}.{name}.", DeprecationWarning, stacklevel=2)

@@ -94,6 +94,23 @@ class RESULTS(eqx.Module, metaclass=_Outcomes):
         "fixed point of a proximal step, bx.FixedPoint, which is smooth away from changes of "
         "the support."
     )
+    at_kink = _Outcome(
+        "The inner solution is at a kink: an entry that is held (a coefficient of zero, a bound, "
+        "an inactive constraint) is about to be let go, or one that is free about to be held, and "
+        "the error of x decides which. The derivative is one-sided there. Tighten the inner "
+        "solver's rtol; if it stays, step across: the hypergradient at a slightly different theta "
+        "is defined, and an optimiser that tolerates a failed evaluation goes on by itself."
+    )
+    support_not_identified = _Outcome(
+        "The inner solve ended while its support (the entries that are not held at zero or at a "
+        "bound) was still changing, so that x lies on no piece whose derivative is that of the "
+        "solution. Give the inner solver more steps or a tighter rtol."
+    )
+    empty_support = _Outcome(
+        "The penalty has left no entry of x: the hypergradient is zero, and does not say that a "
+        "smaller strength would be no better. Start from a smaller strength (for a lasso a tenth "
+        "of the largest |d_j fn| at x = 0), and bound it from above."
+    )
     unbounded = _Outcome(
         "The inner solve diverged: along its steps the inner objective falls without end, so "
         "that there is no minimum. Check its sign, regularise it (+ 1e-3 * jnp.sum(x**2)), or "

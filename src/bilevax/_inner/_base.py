@@ -197,6 +197,10 @@ def measure(
     finite = jnp.isfinite(residual) & tree_all_finite(x)
     result = RESULTS.where(finite, result, RESULTS.nonfinite)
     result = flag_kink(condition, x, x0, theta, scale, result)
+    verdict = condition.verdict(x, theta, residual, tolerance)
+    is_judged = (result == RESULTS.successful) | (result == RESULTS.inner_not_converged)
+    is_judged &= verdict != RESULTS.successful
+    result = RESULTS.where(is_judged, verdict, result)
     return InnerSolution(
         x=x,
         residual=residual,

@@ -14,6 +14,7 @@ from ._external import Given
 from ._measured import AbstractMeasuredMinimiser
 from ._newton_cg import NewtonCG
 from ._optimistix import Optimistix
+from ._proximal_newton import ProximalNewton
 
 # By then Newton's method has arrived, also at a double root, or wanders; and as many shortened
 # steps, each of which may be halved a few times.
@@ -32,6 +33,12 @@ def _for_equation(condition: AbstractCondition, x0: PyTree) -> Optimistix:
     return Optimistix(first, rtol=rtol, atol=0.0, fallback=fallback)
 
 
+def _usual(condition: AbstractCondition, x0: PyTree) -> Any:
+    if condition.nonsmooth is not None:
+        return ProximalNewton()
+    return NewtonCG() if condition.objective is not None else _for_equation(condition, x0)
+
+
 def as_inner_solver(solver: Any, condition: AbstractCondition, x0: PyTree) -> AbstractInnerSolver:
     """`solver` as an `AbstractInnerSolver`; `None` is the default for the condition.
 
@@ -41,7 +48,7 @@ def as_inner_solver(solver: Any, condition: AbstractCondition, x0: PyTree) -> Ab
     if solver is None:
         solver = condition.default_solver(x0)
     if solver is None:
-        solver = NewtonCG() if condition.objective is not None else _for_equation(condition, x0)
+        solver = _usual(condition, x0)
     if isinstance(solver, AbstractMeasuredMinimiser) and tree_size(x0) == 0:
         return Given()  # no inner variables: nothing to solve for
     if isinstance(solver, AbstractInnerSolver):

@@ -21,3 +21,4 @@ from ._door import (
     strong_convexity as strong_convexity,
 )
 from ._linearised import Linearised as Linearised
+from ._proximal import ProximalMinimum as ProximalMinimum

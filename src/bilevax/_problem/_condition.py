@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree, Scalar
 
 from .._as_written import OneLine
 from .._calls import describe, naming
+from .._results import RESULTS
 from .._tree import stop_gradient, tree_sub
 from ._linearised import Linearised, of_equation, of_gradient
 
@@ -49,6 +50,18 @@ class AbstractCondition(OneLine, eqx.Module):
         """`(x, theta) -> x`, of which the inner solution is a fixed point."""
         return None
 
+    @property
+    def kind(self) -> str:
+        """What is solved, in the words of Optimistix."""
+        if self.iteration is not None:
+            return "fixed_point"
+        return "root_find" if self.objective is None else "minimise"
+
+    @property
+    def nonsmooth(self) -> Any:
+        """The term beside a smooth objective that has a proximal step, see `ProximalMinimum`."""
+        return None
+
     def equation_at(self, x: PyTree, theta: PyTree) -> Callable[[PyTree, PyTree], PyTree]:
         """The smooth map, zero at `x*`, whose derivatives at `(x, theta)` say how `x*` moves.
 
@@ -69,6 +82,11 @@ class AbstractCondition(OneLine, eqx.Module):
         if is_smooth and self.objective is not None:
             return of_gradient(self.objective, x, theta)
         return of_equation(self.equation_at(x, theta), x, theta)
+
+    def verdict(self, x: PyTree, theta: PyTree, residual: Scalar, tolerance: Scalar) -> RESULTS:
+        """What else stands against the derivative of `x*` at an x of this residual."""
+        del x, theta, residual, tolerance
+        return RESULTS.successful
 
     def default_solver(self, x0: PyTree) -> Any:
         """The inner solver, where the user names none; `None` is the library's own choice."""

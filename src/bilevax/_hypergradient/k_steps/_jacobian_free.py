@@ -68,16 +68,15 @@ class JacobianFree(AbstractAtSolution):
     def attach_to_call(self, call: Call) -> tuple[PyTree[Array], PyTree]:
         if call.kind == "root_find":
             _refuse_root()
-        return series_of_call(self._of_step(call.kind == "fixed_point"), call)
+        return series_of_call(self._of_step(call.kind), call)
 
     def _series(self, condition: AbstractCondition) -> StepSeries:
-        is_fixed_point = condition.iteration is not None
-        if condition.objective is None and not is_fixed_point:
+        if condition.kind == "root_find":
             _refuse_root()
-        return self._of_step(is_fixed_point)
+        return self._of_step(condition.kind)
 
-    def _of_step(self, is_fixed_point: bool) -> StepSeries:
-        is_default = self.step_size is None and is_fixed_point
+    def _of_step(self, kind: str) -> StepSeries:
+        is_default = self.step_size is None and kind == "fixed_point"
         return StepSeries(1, 1.0 if is_default else self.step_size, is_equation=False)
 
 

@@ -7,7 +7,6 @@ import optimistix as optx
 from jaxtyping import Array, PyTree, Scalar
 
 from ..._checks import check_positive, check_step_size
-from ..._problem import AbstractCondition
 from .._at_solution import AbstractAtSolution, Adjoint, Solved
 from .._base import Estimate, HypergradientState, Query
 from .._call import Call, algorithm_of
@@ -114,7 +113,7 @@ class KStep(AbstractAtSolution):
         return self.step_size is None and has_own_steps(solver)
 
     def _series_of(self, query: Query) -> StepSeries:
-        return self._series(_kind(query.condition), query.inner_solver)
+        return self._series(query.condition.kind, query.inner_solver)
 
     def _series(self, kind: str, solver: Any) -> StepSeries:
         solver = algorithm_of(solver)
@@ -125,10 +124,3 @@ class KStep(AbstractAtSolution):
         elif step_size is None and kind != "root_find" and isinstance(solver, optx.GradientDescent):
             step_size = jnp.asarray(solver.search.learning_rate)
         return StepSeries(self.num_steps, step_size, kind == "root_find")
-
-
-def _kind(condition: AbstractCondition) -> str:
-    """In the words of Optimistix."""
-    if condition.iteration is not None:
-        return "fixed_point"
-    return "root_find" if condition.objective is None else "minimise"

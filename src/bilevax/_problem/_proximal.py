@@ -1,0 +1,186 @@
+"""Minima of a smooth function and a term that is not: a penalty, or a set."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree, Scalar
+
+from .._prox import AbstractProx, Piece, as_prox
+from .._results import RESULTS
+from .._tree import signs_like, stop_gradient, tree_axpy, tree_norm, tree_scale, tree_sub
+from ._condition import AbstractCondition, check_scalar
+
+# Of the power method for the largest curvature, and by how much it may fall short.
+_POWER_STEPS = 8
+_SHORT = 1.3
+# A gap of so many times what the residual may be is one that the error of x decides.
+_NEAR = 10.0
+
+
+class ProximalMinimum(AbstractCondition):
+    """`x*(theta)` minimises `fn(x, theta) + R(x, theta)`, `fn` smooth and `R` one of `bx.prox`.
+
+    **Arguments:**
+
+    - `fn`: `(x, theta)` or, with data, `(x, theta, data)` to a scalar.
+    - `prox`: a penalty or a set, such as `bx.prox.L1(lambda theta: jnp.exp(theta))`; a pytree of
+        these and `None` like x; or a pair of functions `(value, prox)`, see `bx.prox.Own`.
+    - `data`: as in `Minimum`. Where `fn` returns `(value, aux)`, say `has_aux=True`.
+
+    The residual is `(x - prox(x - s grad_x fn, s)) / s`, s about one over the largest
+    curvature of `fn`: for a lasso coefficient that is not zero `d_j fn + strength sign(x_j)`,
+    for one that is, what `|d_j fn|` exceeds the strength by. How `x*` moves is known on the
+    smooth piece of `R` on which it lies (its support, the bounds that hold, its groups): there
+
+        A D x* + B = 0,    A = T (H + R'') T + (1 - T),
+
+    with `T` the projection on the directions in which x is free, so that `A` is symmetric, and
+    positive definite where the minimum is strict. Bounds that move with theta move x.
+
+    **Outcomes:** `at_kink` where x is so near to another piece that its error decides between
+    the two: the derivative there is one-sided. `support_not_identified` where the inner solve
+    ended early and a further step would change the piece. `empty_support` where a penalty has
+    left no entry: the hypergradient is zero, and says nothing of a smaller strength.
+
+    **Exact when** x is the solution and no entry is at a kink (`|d_j fn|` equal to the strength).
+
+    !!! example
+
+        ```python
+        import bilevax as bx, jax.numpy as jnp
+
+        lasso = bx.ProximalMinimum(
+            lambda x, theta: 0.5 * jnp.sum((x - jnp.array([1.0, 0.1])) ** 2),
+            bx.prox.L1(lambda theta: jnp.exp(theta)),
+        )
+        problem = bx.Bilevel(lasso, lambda x, theta: jnp.sum((x - 0.5) ** 2))
+        estimate, _ = bx.hypergradient(problem, jnp.zeros(2), jnp.array(-1.5))
+        ```
+
+    Reference: Bertrand et al., "Implicit differentiation for fast hyperparameter selection in
+    non-smooth convex learning", 2022, for separable terms; `T` and `R''` are those of
+    the tangent space of the piece.
+    """
+
+    fn: Callable
+    prox: AbstractProx = eqx.field(converter=as_prox)
+    data: PyTree = None
+    has_aux: bool = eqx.field(default=False, static=True)
+
+    @property
+    def is_symmetric(self) -> bool:
+        return self.prox.has_pieces
+
+    @property
+    def nonsmooth(self) -> AbstractProx:
+        return self.prox
+
+    @property
+    def kind(self) -> str:
+        return "minimise"
+
+    def __call__(self, x: PyTree, theta: PyTree) -> Scalar:
+        out = super().__call__(x, theta)
+        return out[0] if self.has_aux else out
+
+    def check_output(self, out: Any, x: PyTree) -> None:
+        del x
+        check_scalar(out, "inner")
+
+    def map_functions(self, wrap: Callable[[Callable], Callable]) -> "ProximalMinimum":
+        return dataclasses.replace(self, fn=wrap(self.fn), prox=self.prox.map_functions(wrap))
+
+    def value(self, x: PyTree, theta: PyTree) -> Scalar:
+        """`fn + R`."""
+        return self(x, theta) + self.prox.value(x, theta)
+
+    def gradient(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
+        """Of the smooth part."""
+        return jax.grad(self.__call__)(x, theta)
+
+    def step_size(self, x: PyTree, theta: PyTree) -> Scalar:
+        """About one over the largest curvature of `fn` at x; a constant."""
+        x, theta = stop_gradient((x, theta))
+        _, product = jax.linearize(lambda x: self.gradient(x, theta), x)
+        start = jtu.tree_map(signs_like, x)
+
+        def step(_: Array, state: tuple[PyTree, Scalar]) -> tuple[PyTree, Scalar]:
+            direction, _ = state
+            image = product(tree_scale(1 / tree_norm(direction), direction))
+            size = tree_norm(image)
+            is_known = jnp.isfinite(size) & (size > 0)
+            kept = jtu.tree_map(lambda a, b: jnp.where(is_known, a, b), image, direction)
+            return kept, jnp.where(is_known, size, 0)
+
+        first = (start, jnp.zeros_like(tree_norm(start)))
+        _, curvature = jax.lax.fori_loop(0, _POWER_STEPS, step, first)
+        return jax.lax.stop_gradient(
+            jnp.where(curvature > 0, 1 / (_SHORT * jnp.where(curvature > 0, curvature, 1)), 1)
+        )
+
+    def forward(self, x: PyTree, theta: PyTree, step: Scalar) -> PyTree[Array]:
+        """`x - step grad fn`, from where the proximal step is taken."""
+        return tree_axpy(-step, self.gradient(x, theta), x)
+
+    def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
+        return self.residual_of_step(x, theta, self.step_size(x, theta))
+
+    def residual_of_step(self, x: PyTree, theta: PyTree, step: Scalar) -> PyTree[Array]:
+        """The residual, with another step size."""
+        moved = self.prox.prox(self.forward(x, theta, step), step, theta)
+        return tree_scale(1 / step, tree_sub(x, moved))
+
+    def piece(self, x: PyTree, theta: PyTree, step: Scalar) -> Piece:
+        """The smooth piece of `R` on which a step from x ends; a constant."""
+        x, theta, step = stop_gradient((x, theta, step))
+        return self.prox.piece(self.forward(x, theta, step), step, theta)
+
+    def equation_at(self, x: PyTree, theta: PyTree) -> Callable[[PyTree, PyTree], PyTree]:
+        step = self.step_size(x, theta)
+        if not self.prox.has_pieces:
+            return lambda x, theta: self.residual_of_step(x, theta, step)
+        return self.equation_on(self.piece(x, theta, step))
+
+    def equation_on(self, piece: Piece) -> Callable[[PyTree, PyTree], PyTree]:
+        """The smooth map of a piece: the gradient along it, and what x is off it."""
+
+        def on_piece(x: PyTree, theta: PyTree) -> PyTree:
+            placed = piece.place(x, theta)
+
+            def value(x: PyTree) -> Scalar:
+                smooth = self(x, theta)
+                return smooth + piece.smooth(x, theta).astype(smooth.dtype)
+
+            along = piece.tangent(placed, jax.grad(value)(placed))
+            return jtu.tree_map(lambda g, a, b: g + (a - b), along, x, placed)
+
+        return on_piece
+
+    def verdict(self, x: PyTree, theta: PyTree, residual: Scalar, tolerance: Scalar) -> RESULTS:
+        step = self.step_size(x, theta)
+        z = self.forward(x, theta, step)
+        is_solved = residual <= tolerance
+        result = RESULTS.successful
+        gap = self.prox.gap(z, step, theta)
+        if gap is not None:
+            left = jnp.maximum(residual, tolerance)
+            is_near = is_solved & (gap <= _NEAR * step * left)
+            result = RESULTS.where(is_near, RESULTS.at_kink, result)
+        if not self.prox.has_pieces:
+            return result
+        piece = self.prox.piece(z, step, theta)
+        if self.prox.is_penalty:
+            is_empty = is_solved & (piece.num_free == 0)
+            result = RESULTS.where(is_empty, RESULTS.empty_support, result)
+        # Where the solve ended early: does a step lead to a piece that the next one leaves?
+        ahead = self.prox.prox(z, step, theta)
+        next_piece = self.piece(ahead, theta, step)
+        off = tree_norm(tree_sub(ahead, next_piece.place(ahead, theta)))
+        is_changing = (off > 0) | (next_piece.num_free != piece.num_free)
+        is_changing |= tree_norm(tree_sub(x, piece.place(x, theta))) > step * residual
+        return RESULTS.where(~is_solved & is_changing, RESULTS.support_not_identified, result)

@@ -1,0 +1,238 @@
+"""The nuclear norm, and terms of the user's own."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree, Scalar
+
+from ._base import AbstractLeafwise, AbstractProx, LeafPiece, Piece, Settings, setting
+from ._sets import Box
+
+
+class Nuclear(AbstractLeafwise):
+    """`strength sum of the singular values`, of a matrix: solutions of low rank.
+
+    **Arguments:** `strength`: a number, or a function of theta that returns one. Not negative.
+
+    The matrices of one rank are no plane: the adjoint system is that of the proximal step,
+    which is not symmetric (`GMRES` by default). Second derivatives need singular values that
+    differ.
+
+    **Cost** of a proximal step, and of its derivative: a singular value decomposition.
+
+    !!! example
+
+        ```python
+        import bilevax as bx, jax.numpy as jnp
+
+        penalty = bx.prox.Nuclear(lambda theta: jnp.exp(theta))
+        ```
+
+    Reference: Cai, Candes and Shen, "A singular value thresholding algorithm for matrix
+    completion", 2010.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("strength",)
+    has_pieces: ClassVar[bool] = False
+
+    strength: PyTree = setting(1.0)
+
+    def of_leaf(self, x: Array, at: Settings) -> Scalar:
+        (strength,) = at
+        return strength * jnp.sum(jnp.linalg.svd(x, compute_uv=False))
+
+    def step_of_leaf(self, z: Array, step: Scalar, at: Settings) -> Array:
+        (strength,) = at
+        return _thresholded(z, step * strength)
+
+    def piece_of_leaf(self, z: Array, step: Scalar, at: Settings) -> LeafPiece:
+        raise NotImplementedError
+
+    def gap(self, z: PyTree, step: Scalar, theta: PyTree) -> Scalar:
+        def of_leaf(leaf: Array, strength: Array) -> Scalar:
+            values = jnp.linalg.svd(leaf, compute_uv=False)
+            gap = jnp.min(jnp.abs(values - step * strength), initial=jnp.inf)
+            return jnp.where(strength > 0, gap, jnp.inf)
+
+        return jnp.min(jnp.stack([of_leaf(a, *at) for a, at in self._each(z, theta)]))
+
+    def _check_shapes(self, leaves: list[Array], columns: list[list[Array]]) -> None:
+        for leaf, strength in zip(leaves, columns[0], strict=True):
+            if leaf.ndim != 2 or strength.ndim:
+                raise ValueError(
+                    "bx.prox.Nuclear(strength=...) takes matrices and one strength; got x of shape "
+                    f"{leaf.shape} and a strength of shape {strength.shape}."
+                )
+
+
+@jax.custom_jvp
+def _thresholded(z: Array, threshold: Scalar) -> Array:
+    """`U max(s - threshold, 0) V'`."""
+    u, s, vt = jnp.linalg.svd(z, full_matrices=False)
+    return (u * jnp.maximum(s - threshold, 0)) @ vt
+
+
+@_thresholded.defjvp
+def _thresholded_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    """By the singular vectors, also where singular values are equal or zero.
+
+    A function of the singular values: its divided differences weigh the symmetric part of
+    `U' dz V`, those of its odd continuation the other part and what leaves the two spaces.
+    """
+    (z, threshold), (dz, dt) = primals, tangents
+    u, s, vt = jnp.linalg.svd(z, full_matrices=False)
+    f, slope = jnp.maximum(s - threshold, 0), (s > threshold).astype(z.dtype)
+    core = u.T @ dz @ vt.T
+    even, odd = 0.5 * (core + core.T), 0.5 * (core - core.T)
+    rows, columns = s[:, None], s[None, :]
+    is_tie = jnp.abs(rows - columns) <= 1e-9 * jnp.maximum(s[0], 1e-30)
+    ratio = (f[:, None] - f[None, :]) / jnp.where(is_tie, 1, rows - columns)
+    w_even = jnp.where(is_tie, jnp.broadcast_to(slope[:, None], core.shape), ratio)
+    sums = rows + columns
+    w_odd = (f[:, None] + f[None, :]) / jnp.where(sums > 0, sums, 1)
+    outside = f / jnp.where(s > 0, s, 1)
+    moved = u @ (w_even * even + w_odd * odd) @ vt
+    left = dz @ vt.T
+    moved += ((left - u @ core) * outside) @ vt  # beyond the columns of U
+    right = u.T @ dz
+    moved += (u * outside) @ (right - core @ vt)  # beyond the rows of V'
+    moved -= dt * ((u * slope) @ vt)
+    return (u * f) @ vt, moved
+
+
+class Own(AbstractProx):
+    """A term of your own, by its value and its proximal step.
+
+    **Arguments:**
+
+    - `value`: `(x, theta) -> scalar`.
+    - `prox`: `(z, step, theta) -> x`, the minimiser of
+        `value(x, theta) + ||x - z||^2 / (2 step)`, written in JAX and differentiable away
+        from its kinks (its derivative is what the hypergradient is made of).
+
+    The adjoint system is that of the proximal step, which is not symmetric (`GMRES` by
+    default).
+
+    !!! example
+
+        ```python
+        import bilevax as bx, jax.numpy as jnp
+
+        def prox(z, step, theta):  # of theta ||x||_1
+            return jnp.sign(z) * jnp.maximum(jnp.abs(z) - step * theta, 0)
+
+        penalty = bx.prox.Own(lambda x, theta: theta * jnp.sum(jnp.abs(x)), prox)
+        ```
+    """
+
+    has_pieces: ClassVar[bool] = False
+
+    value_fn: Callable
+    prox_fn: Callable
+
+    def __init__(self, value: Callable, prox: Callable) -> None:
+        for name, fn in (("value", value), ("prox", prox)):
+            if not callable(fn):
+                raise TypeError(
+                    f"bx.prox.Own({name}=...) must be a function; got {type(fn).__name__}."
+                )
+        self.value_fn = value
+        self.prox_fn = prox
+
+    def value(self, x: PyTree, theta: PyTree) -> Scalar:
+        return self.value_fn(x, theta)
+
+    def prox(self, z: PyTree, step: Scalar, theta: PyTree) -> PyTree:
+        return self.prox_fn(z, step, theta)
+
+
+class PerLeaf(AbstractProx):
+    """Another term for each part of x.
+
+    `bx.ProximalMinimum(fn, {"weights": bx.prox.L1(0.1), "bias": None})` makes one of the pytree;
+    `None` stands for a part without a term.
+    """
+
+    terms: PyTree
+
+    @property
+    def has_pieces(self) -> bool:
+        return all(term.has_pieces for term in self._split()[0])
+
+    @property
+    def is_penalty(self) -> bool:
+        return any(term.is_penalty for term in self._split()[0])
+
+    def _split(self) -> tuple[list[AbstractProx], Any]:
+        terms, structure = jtu.tree_flatten(self.terms, is_leaf=_is_term)
+        return [Box() if term is None else term for term in terms], structure
+
+    def _parts(self, x: PyTree) -> list[tuple[AbstractProx, PyTree]]:
+        terms, structure = self._split()
+        try:
+            return list(zip(terms, structure.flatten_up_to(x), strict=True))
+        except ValueError as error:
+            raise TypeError(
+                "`prox` must be one of bx.prox, or a pytree of these and None like x; got "
+                f"{self.terms!r} for x of structure {jtu.tree_structure(x)}."
+            ) from error
+
+    def _join(self, parts: list) -> PyTree:
+        return jtu.tree_unflatten(self._split()[1], parts)
+
+    def value(self, x: PyTree, theta: PyTree) -> Scalar:
+        values = [term.value(part, theta) for term, part in self._parts(x)]
+        return sum(values[1:], values[0])
+
+    def prox(self, z: PyTree, step: Scalar, theta: PyTree) -> PyTree:
+        return self._join([term.prox(part, step, theta) for term, part in self._parts(z)])
+
+    def piece(self, z: PyTree, step: Scalar, theta: PyTree) -> Piece:
+        pieces = [term.piece(part, step, theta) for term, part in self._parts(z)]
+
+        def parts(x: PyTree) -> list[PyTree]:
+            return [part for _, part in self._parts(x)]
+
+        def smooth(x: PyTree, theta: PyTree) -> Scalar:
+            values = [p.smooth(a, theta) for p, a in zip(pieces, parts(x), strict=True)]
+            return sum(values[1:], values[0])
+
+        return Piece(
+            lambda x, t: self._join([p.place(a, t) for p, a in zip(pieces, parts(x), strict=True)]),
+            lambda x, g: self._join(
+                [p.tangent(a, b) for p, a, b in zip(pieces, parts(x), parts(g), strict=True)]
+            ),
+            smooth,
+            jnp.min(jnp.stack([p.gap for p in pieces])),
+            sum(
+                (p.num_free for p in pieces),
+                jnp.zeros((), jnp.int32),
+            ),
+        )
+
+    def gap(self, z: PyTree, step: Scalar, theta: PyTree) -> Scalar | None:
+        gaps = [term.gap(part, step, theta) for term, part in self._parts(z)]
+        known = [gap for gap in gaps if gap is not None]
+        return jnp.min(jnp.stack(known)) if len(known) == len(gaps) else None
+
+
+def _is_term(node: Any) -> bool:
+    return node is None or isinstance(node, AbstractProx)
+
+
+def as_prox(prox: Any) -> AbstractProx:
+    """One term, for what the user gave."""
+    if isinstance(prox, AbstractProx):
+        return prox
+    if isinstance(prox, tuple) and len(prox) == 2 and all(map(callable, prox)):
+        return Own(*prox)
+    terms = jtu.tree_leaves(prox, is_leaf=_is_term)
+    if not terms or not all(map(_is_term, terms)):
+        raise TypeError(
+            "`prox` must be one of bx.prox, such as bx.prox.L1(0.1), a pytree of these and None "
+            f"like x, or a pair of functions (value, prox); got {prox!r}."
+        )
+    return PerLeaf(prox)
