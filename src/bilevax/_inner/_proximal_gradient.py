@@ -102,7 +102,7 @@ class ProximalGradient(AbstractSteppingSolver):
     ) -> PyTree[Array]:
         del state
         x0, theta, fixed = stop_gradient((x0, theta, proximal(condition, type(self).__name__)))
-        step = fixed.step_size(x0, theta) if self.step_size is None else self.step_size
+        step = fixed.step_at(x0, theta) if self.step_size is None else self.step_size
         tolerance = jnp.zeros_like(tree_norm(x0))
         if not self.is_fixed_length:
             residual, scale = residual_and_scale(fixed, x0, x0, theta)
@@ -115,8 +115,9 @@ class ProximalGradient(AbstractSteppingSolver):
     ) -> PyTree[Array]:
         x, y, momentum, step, tolerance, done = carry
         fixed, fixed_theta = stop_gradient((condition, theta))
-        value, gradient = jax.value_and_grad(condition.__call__)(y, theta)
-        new_x = condition.nonsmooth.prox(tree_axpy(-step, gradient, y), step, theta)
+        minimum = proximal(condition, type(self).__name__)
+        value, gradient = jax.value_and_grad(minimum.__call__)(y, theta)
+        new_x = minimum.proximal_step(tree_axpy(-step, gradient, y), theta, step)
         move = tree_sub(new_x, y)
         # 1. is the step as short as the curvature asks for?
         seen, gradient, at = stop_gradient((move, gradient, new_x))
@@ -158,6 +159,7 @@ class ProximalGradient(AbstractSteppingSolver):
     def solve(
         self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: PyTree
     ) -> tuple[InnerSolution, PyTree]:
+        condition = proximal(condition, type(self).__name__).with_step_at(x0, theta)
         carry, count = run(self, condition, theta, self.start(condition, x0, theta, state))
         x, _ = self.finish(condition, carry)
         counts = Counts(gradients=2 * count)

@@ -73,13 +73,13 @@ class ProximalNewton(AbstractInnerSolver):
         self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: PyTree
     ) -> tuple[InnerSolution, PyTree]:
         del state
-        at: Any = proximal(condition, type(self).__name__)
+        at: Any = proximal(condition, type(self).__name__).with_step_at(x0, theta)
         rtol = default_rtol(x0) if self.rtol is None else self.rtol
         steps = ProximalGradient(num_steps=_STEPS)
-        residual, scale = residual_and_scale(condition, x0, x0, theta)
+        residual, scale = residual_and_scale(at, x0, x0, theta)
         zero = jnp.zeros((), jnp.int32)
         first = _State(
-            steps.start(condition, x0, theta, None),
+            steps.start(at, x0, theta, None),
             residual,
             self.atol + rtol * jnp.maximum(scale, residual),
             jnp.array(False),
@@ -93,9 +93,7 @@ class ProximalNewton(AbstractInnerSolver):
 
         def advance(s: _State) -> _State:
             # 1. proximal steps
-            carry = jax.lax.fori_loop(
-                0, _STEPS, lambda _, c: steps.step(condition, theta, c), s.carry
-            )
+            carry = jax.lax.fori_loop(0, _STEPS, lambda _, c: steps.step(at, theta, c), s.carry)
             x, step = carry[0], carry[3]
             residual = tree_norm(at.residual_of_step(x, theta, step))
             num_products = s.num_products
@@ -104,20 +102,20 @@ class ProximalNewton(AbstractInnerSolver):
             if at.nonsmooth.has_pieces:
                 num_free = at.piece(x, theta, step).num_free
                 is_wanted = (num_free == s.num_free) & (num_free > 0)
-                x, residual, more = jax.lax.cond(
+                new_x, new, more = jax.lax.cond(
                     is_wanted,
                     lambda: _newton(at, x, theta, step, residual),
                     lambda: (x, residual, zero),
                 )
                 num_products += more
-                is_new = residual < tree_norm(at.residual_of_step(carry[0], theta, step))
-                restarted = (x, x, jnp.ones_like(carry[2]), *carry[3:])
-                carry = tree_where(is_new, restarted, carry)
+                restarted = (new_x, new_x, jnp.ones_like(carry[2]), *carry[3:])
+                carry = tree_where(new < residual, restarted, carry)
+                x, residual = new_x, new
             # 3. what the start let guess is measured where it decides
             is_small = residual <= s.tolerance
             tolerance = jax.lax.cond(
                 is_small,
-                lambda: self.atol + rtol * residual_and_scale(condition, x, x0, theta)[1],
+                lambda: self.atol + rtol * residual_and_scale(at, x, x0, theta)[1],
                 lambda: s.tolerance,
             )
             return _State(
@@ -133,7 +131,7 @@ class ProximalNewton(AbstractInnerSolver):
         last = jax.lax.while_loop(is_running, advance, first)
         x = last.carry[0]
         counts = Counts(gradients=2 * last.num_steps, hessian=last.num_products)
-        found = measure(condition, x, x0, theta, rtol, self.atol, last.num_steps, counts)
+        found = measure(at, x, x0, theta, rtol, self.atol, last.num_steps, counts)
         return found, None
 
 
@@ -156,7 +154,7 @@ def _newton(
     value, product = jax.linearize(lambda x: equation(x, theta), x)
     solver = CG(_CG_RTOL, max_steps=_MAX_CG_STEPS)
     found = solve_linear(solver, product, value)
-    ahead = piece.place(tree_sub(x, found.value), theta)
+    ahead = at.placed(piece, tree_sub(x, found.value), theta)
     new = tree_norm(at.residual_of_step(ahead, theta, step))
     is_better = new < 0.5 * residual
     return (

@@ -10,15 +10,24 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar
 
-from .._prox import AbstractProx, Piece, as_prox
+from .._checks import check_step_size
+from .._prox import AbstractProx, At, Piece, as_prox
 from .._results import RESULTS
-from .._tree import signs_like, stop_gradient, tree_axpy, tree_norm, tree_scale, tree_sub
+from .._tree import (
+    signs_like,
+    stop_gradient,
+    tree_axpy,
+    tree_dtype,
+    tree_norm,
+    tree_scale,
+    tree_sub,
+)
 from ._condition import AbstractCondition, check_scalar
 
 # Of the power method for the largest curvature, and by how much it may fall short.
 _POWER_STEPS = 8
 _SHORT = 1.3
-# A gap of so many times what the residual may be is one that the error of x decides.
+# A gap of so many times the residual, and the rounding, is one that the error of x decides.
 _NEAR = 10.0
 
 
@@ -30,6 +39,7 @@ class ProximalMinimum(AbstractCondition):
     - `fn`: `(x, theta)` or, with data, `(x, theta, data)` to a scalar.
     - `prox`: a penalty or a set, such as `bx.prox.L1(lambda theta: jnp.exp(theta))`; a pytree of
         these and `None` like x; or a pair of functions `(value, prox)`, see `bx.prox.Own`.
+    - `step_size`: the s of the residual, by default measured with eight Hessian products.
     - `data`: as in `Minimum`. Where `fn` returns `(value, aux)`, say `has_aux=True`.
 
     The residual is `(x - prox(x - s grad_x fn, s)) / s`, s about one over the largest
@@ -70,7 +80,11 @@ class ProximalMinimum(AbstractCondition):
     fn: Callable
     prox: AbstractProx = eqx.field(converter=as_prox)
     data: PyTree = None
+    step_size: float | Scalar | None = None
     has_aux: bool = eqx.field(default=False, static=True)
+
+    def __check_init__(self) -> None:
+        check_step_size("ProximalMinimum", self.step_size)
 
     @property
     def is_symmetric(self) -> bool:
@@ -97,14 +111,16 @@ class ProximalMinimum(AbstractCondition):
 
     def value(self, x: PyTree, theta: PyTree) -> Scalar:
         """`fn + R`."""
-        return self(x, theta) + self.prox.value(x, theta)
+        return self(x, theta) + self.prox.value(x, self._at(x, theta))
 
     def gradient(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
         """Of the smooth part."""
         return jax.grad(self.__call__)(x, theta)
 
-    def step_size(self, x: PyTree, theta: PyTree) -> Scalar:
-        """About one over the largest curvature of `fn` at x; a constant."""
+    def step_at(self, x: PyTree, theta: PyTree) -> Scalar:
+        """The step size: about one over the largest curvature of `fn` at x; a constant."""
+        if self.step_size is not None:
+            return jnp.asarray(self.step_size, tree_dtype(x))
         x, theta = stop_gradient((x, theta))
         _, product = jax.linearize(lambda x: self.gradient(x, theta), x)
         start = jtu.tree_map(signs_like, x)
@@ -123,25 +139,40 @@ class ProximalMinimum(AbstractCondition):
             jnp.where(curvature > 0, 1 / (_SHORT * jnp.where(curvature > 0, curvature, 1)), 1)
         )
 
+    def with_step_at(self, x: PyTree, theta: PyTree) -> "ProximalMinimum":
+        """The same, the step size measured once and for all."""
+        return dataclasses.replace(self, step_size=self.step_at(x, theta))
+
     def forward(self, x: PyTree, theta: PyTree, step: Scalar) -> PyTree[Array]:
         """`x - step grad fn`, from where the proximal step is taken."""
         return tree_axpy(-step, self.gradient(x, theta), x)
 
+    def proximal_step(self, z: PyTree, theta: PyTree, step: Scalar) -> PyTree[Array]:
+        """`prox(z, step)`."""
+        return self.prox.prox(z, step, self._at(z, theta))
+
+    def placed(self, piece: Piece, x: PyTree, theta: PyTree) -> PyTree[Array]:
+        """The x of a piece nearest to x."""
+        return piece.place(x, self._at(x, theta))
+
+    def _at(self, x: PyTree, theta: PyTree) -> At:
+        return At(x, theta, () if self.data is None else (self.data,))
+
     def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
-        return self.residual_of_step(x, theta, self.step_size(x, theta))
+        return self.residual_of_step(x, theta, self.step_at(x, theta))
 
     def residual_of_step(self, x: PyTree, theta: PyTree, step: Scalar) -> PyTree[Array]:
         """The residual, with another step size."""
-        moved = self.prox.prox(self.forward(x, theta, step), step, theta)
+        moved = self.proximal_step(self.forward(x, theta, step), theta, step)
         return tree_scale(1 / step, tree_sub(x, moved))
 
     def piece(self, x: PyTree, theta: PyTree, step: Scalar) -> Piece:
         """The smooth piece of `R` on which a step from x ends; a constant."""
         x, theta, step = stop_gradient((x, theta, step))
-        return self.prox.piece(self.forward(x, theta, step), step, theta)
+        return self.prox.piece(self.forward(x, theta, step), step, self._at(x, theta))
 
     def equation_at(self, x: PyTree, theta: PyTree) -> Callable[[PyTree, PyTree], PyTree]:
-        step = self.step_size(x, theta)
+        step = self.step_at(x, theta)
         if not self.prox.has_pieces:
             return lambda x, theta: self.residual_of_step(x, theta, step)
         return self.equation_on(self.piece(x, theta, step))
@@ -150,11 +181,11 @@ class ProximalMinimum(AbstractCondition):
         """The smooth map of a piece: the gradient along it, and what x is off it."""
 
         def on_piece(x: PyTree, theta: PyTree) -> PyTree:
-            placed = piece.place(x, theta)
+            placed = self.placed(piece, x, theta)
 
             def value(x: PyTree) -> Scalar:
                 smooth = self(x, theta)
-                return smooth + piece.smooth(x, theta).astype(smooth.dtype)
+                return smooth + piece.smooth(x, self._at(x, theta)).astype(smooth.dtype)
 
             along = piece.tangent(placed, jax.grad(value)(placed))
             return jtu.tree_map(lambda g, a, b: g + (a - b), along, x, placed)
@@ -162,25 +193,26 @@ class ProximalMinimum(AbstractCondition):
         return on_piece
 
     def verdict(self, x: PyTree, theta: PyTree, residual: Scalar, tolerance: Scalar) -> RESULTS:
-        step = self.step_size(x, theta)
+        step = self.step_at(x, theta)
         z = self.forward(x, theta, step)
         is_solved = residual <= tolerance
         result = RESULTS.successful
-        gap = self.prox.gap(z, step, theta)
+        at = self._at(x, theta)
+        gap = self.prox.gap(z, step, at)
         if gap is not None:
-            left = jnp.maximum(residual, tolerance)
-            is_near = is_solved & (gap <= _NEAR * step * left)
+            rounding = float(jnp.finfo(gap.dtype).eps) * tree_norm(z)
+            is_near = is_solved & (gap <= _NEAR * (step * residual + rounding))
             result = RESULTS.where(is_near, RESULTS.at_kink, result)
         if not self.prox.has_pieces:
             return result
-        piece = self.prox.piece(z, step, theta)
+        piece = self.prox.piece(z, step, at)
         if self.prox.is_penalty:
             is_empty = is_solved & (piece.num_free == 0)
             result = RESULTS.where(is_empty, RESULTS.empty_support, result)
         # Where the solve ended early: does a step lead to a piece that the next one leaves?
-        ahead = self.prox.prox(z, step, theta)
+        ahead = self.prox.prox(z, step, at)
         next_piece = self.piece(ahead, theta, step)
-        off = tree_norm(tree_sub(ahead, next_piece.place(ahead, theta)))
+        off = tree_norm(tree_sub(ahead, next_piece.place(ahead, at)))
         is_changing = (off > 0) | (next_piece.num_free != piece.num_free)
-        is_changing |= tree_norm(tree_sub(x, piece.place(x, theta))) > step * residual
+        is_changing |= tree_norm(tree_sub(x, piece.place(x, at))) > step * residual
         return RESULTS.where(~is_solved & is_changing, RESULTS.support_not_identified, result)

@@ -1,6 +1,6 @@
 """Terms that are not smooth, by their proximal steps."""
 
-from ._base import AbstractProx as AbstractProx, Piece as Piece
+from ._base import AbstractProx as AbstractProx, At as At, Piece as Piece
 from ._groups import GroupL2 as GroupL2, SparseGroup as SparseGroup
 from ._norms import L1 as L1, ElasticNet as ElasticNet, WeightedL1 as WeightedL1
 from ._others import Nuclear as Nuclear, Own as Own, PerLeaf as PerLeaf, as_prox as as_prox

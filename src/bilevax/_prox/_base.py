@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._as_written import OneLine
+from .._reach._traced import reaches_traced
 from .._tree import stop_gradient
 
 # What a leaf's strengths, bounds and weights are at theta.
@@ -47,11 +48,16 @@ class AbstractProx(OneLine, eqx.Module):
 
     def map_functions(self, wrap: Callable[[Callable], Callable]) -> "AbstractProx":
         """The same with other functions of theta: `wrap` of each."""
-        return jtu.tree_map(
-            lambda node: OfTheta(wrap(node.fn)) if isinstance(node, OfTheta) else node,
-            self,
-            is_leaf=lambda node: isinstance(node, OfTheta),
-        )
+
+        def mapped(node: Any) -> Any:
+            if isinstance(node, Apart) and reaches_traced(node.fn):
+                raise TypeError(
+                    "A function of bx.prox.Own closes over a traced value, whose influence would "
+                    "be lost: hand it over in theta."
+                )
+            return OfTheta(wrap(node.fn)) if isinstance(node, OfTheta) else node
+
+        return jtu.tree_map(mapped, self, is_leaf=lambda n: isinstance(n, OfTheta | Apart))
 
 
 class Piece(NamedTuple):
@@ -64,13 +70,32 @@ class Piece(NamedTuple):
     num_free: Array  # entries of x that are not held
 
 
+class At(NamedTuple):
+    """Where settings are evaluated, for terms of parts of x: the whole x, theta, and the data."""
+
+    x: PyTree
+    theta: PyTree
+    data: tuple[PyTree, ...]
+
+
+def at_point(x: PyTree, theta: PyTree) -> At:
+    """`theta`, with what functions of it are called with beside."""
+    return theta if isinstance(theta, At) else At(x, theta, ())
+
+
 class OfTheta(eqx.Module):
     """A setting that is a function of theta, called like the objective."""
 
     fn: Callable
 
-    def __call__(self, x: PyTree, theta: PyTree) -> Any:
-        return self.fn(x, theta)
+    def __call__(self, at: At) -> Any:
+        return self.fn(at.x, at.theta, *at.data)
+
+
+class Apart(eqx.Module):
+    """A function that is not called like the objective: it may close over no traced value."""
+
+    fn: Callable
 
 
 class _WithoutX(eqx.Module):
@@ -161,7 +186,7 @@ class AbstractLeafwise(AbstractProx):
         columns = []
         for name in self.settings:
             value = getattr(self, name)
-            value = value(x, theta) if isinstance(value, OfTheta) else value
+            value = value(at_point(x, theta)) if isinstance(value, OfTheta) else value
             parts = [value] * len(leaves)
             if not eqx.is_array_like(value):
                 if jtu.tree_structure(value) != structure:

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar
 
-from ._base import AbstractLeafwise, AbstractProx, LeafPiece, Piece, Settings, setting
+from ._base import (
+    AbstractLeafwise,
+    AbstractProx,
+    Apart,
+    LeafPiece,
+    Piece,
+    Settings,
+    at_point,
+    setting,
+)
 from ._sets import Box
 
 
@@ -72,7 +81,7 @@ class Nuclear(AbstractLeafwise):
 def _thresholded(z: Array, threshold: Scalar) -> Array:
     """`U max(s - threshold, 0) V'`."""
     u, s, vt = jnp.linalg.svd(z, full_matrices=False)
-    return (u * jnp.maximum(s - threshold, 0)) @ vt
+    return (u * jnp.maximum(s - threshold, 0)[None, :]) @ vt
 
 
 @_thresholded.defjvp
@@ -96,11 +105,11 @@ def _thresholded_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     outside = f / jnp.where(s > 0, s, 1)
     moved = u @ (w_even * even + w_odd * odd) @ vt
     left = dz @ vt.T
-    moved += ((left - u @ core) * outside) @ vt  # beyond the columns of U
+    moved += ((left - u @ core) * outside[None, :]) @ vt  # beyond the columns of U
     right = u.T @ dz
-    moved += (u * outside) @ (right - core @ vt)  # beyond the rows of V'
-    moved -= dt * ((u * slope) @ vt)
-    return (u * f) @ vt, moved
+    moved += (u * outside[None, :]) @ (right - core @ vt)  # beyond the rows of V'
+    moved -= dt * ((u * slope[None, :]) @ vt)
+    return (u * f[None, :]) @ vt, moved
 
 
 class Own(AbstractProx):
@@ -111,7 +120,8 @@ class Own(AbstractProx):
     - `value`: `(x, theta) -> scalar`.
     - `prox`: `(z, step, theta) -> x`, the minimiser of
         `value(x, theta) + ||x - z||^2 / (2 step)`, written in JAX and differentiable away
-        from its kinks (its derivative is what the hypergradient is made of).
+        from its kinks (its derivative is what the hypergradient is made of). What it depends on
+        beside `z` and `step` comes in theta: it may close over constants only.
 
     The adjoint system is that of the proximal step, which is not symmetric (`GMRES` by
     default).
@@ -130,8 +140,8 @@ class Own(AbstractProx):
 
     has_pieces: ClassVar[bool] = False
 
-    value_fn: Callable
-    prox_fn: Callable
+    value_fn: Apart
+    prox_fn: Apart
 
     def __init__(self, value: Callable, prox: Callable) -> None:
         for name, fn in (("value", value), ("prox", prox)):
@@ -139,14 +149,14 @@ class Own(AbstractProx):
                 raise TypeError(
                     f"bx.prox.Own({name}=...) must be a function; got {type(fn).__name__}."
                 )
-        self.value_fn = value
-        self.prox_fn = prox
+        self.value_fn = Apart(value)
+        self.prox_fn = Apart(prox)
 
     def value(self, x: PyTree, theta: PyTree) -> Scalar:
-        return self.value_fn(x, theta)
+        return self.value_fn.fn(x, at_point(x, theta).theta)
 
     def prox(self, z: PyTree, step: Scalar, theta: PyTree) -> PyTree:
-        return self.prox_fn(z, step, theta)
+        return self.prox_fn.fn(z, step, at_point(z, theta).theta)
 
 
 class PerLeaf(AbstractProx):
@@ -184,37 +194,45 @@ class PerLeaf(AbstractProx):
         return jtu.tree_unflatten(self._split()[1], parts)
 
     def value(self, x: PyTree, theta: PyTree) -> Scalar:
-        values = [term.value(part, theta) for term, part in self._parts(x)]
+        at = at_point(x, theta)
+        values = [term.value(part, at) for term, part in self._parts(x)]
         return sum(values[1:], values[0])
 
     def prox(self, z: PyTree, step: Scalar, theta: PyTree) -> PyTree:
-        return self._join([term.prox(part, step, theta) for term, part in self._parts(z)])
+        at = at_point(z, theta)
+        return self._join([term.prox(part, step, at) for term, part in self._parts(z)])
 
     def piece(self, z: PyTree, step: Scalar, theta: PyTree) -> Piece:
-        pieces = [term.piece(part, step, theta) for term, part in self._parts(z)]
+        at = at_point(z, theta)
+        pieces = [term.piece(part, step, at) for term, part in self._parts(z)]
 
         def parts(x: PyTree) -> list[PyTree]:
             return [part for _, part in self._parts(x)]
 
         def smooth(x: PyTree, theta: PyTree) -> Scalar:
-            values = [p.smooth(a, theta) for p, a in zip(pieces, parts(x), strict=True)]
+            at = at_point(x, theta)
+            values = [p.smooth(a, at) for p, a in zip(pieces, parts(x), strict=True)]
             return sum(values[1:], values[0])
 
+        def place(x: PyTree, theta: PyTree) -> PyTree:
+            at = at_point(x, theta)
+            return self._join([p.place(a, at) for p, a in zip(pieces, parts(x), strict=True)])
+
+        def tangent(x: PyTree, g: PyTree) -> PyTree:
+            leaves = zip(pieces, parts(x), parts(g), strict=True)
+            return self._join([p.tangent(a, b) for p, a, b in leaves])
+
         return Piece(
-            lambda x, t: self._join([p.place(a, t) for p, a in zip(pieces, parts(x), strict=True)]),
-            lambda x, g: self._join(
-                [p.tangent(a, b) for p, a, b in zip(pieces, parts(x), parts(g), strict=True)]
-            ),
+            place,
+            tangent,
             smooth,
             jnp.min(jnp.stack([p.gap for p in pieces])),
-            sum(
-                (p.num_free for p in pieces),
-                jnp.zeros((), jnp.int32),
-            ),
+            jnp.sum(jnp.stack([p.num_free for p in pieces]), dtype=jnp.int32),
         )
 
     def gap(self, z: PyTree, step: Scalar, theta: PyTree) -> Scalar | None:
-        gaps = [term.gap(part, step, theta) for term, part in self._parts(z)]
+        at = at_point(z, theta)
+        gaps = [term.gap(part, step, at) for term, part in self._parts(z)]
         known = [gap for gap in gaps if gap is not None]
         return jnp.min(jnp.stack(known)) if len(known) == len(gaps) else None
 

@@ -3,9 +3,9 @@
 from typing import ClassVar
 
 import jax.numpy as jnp
-import optax.projections
 from jaxtyping import Array, PyTree, Scalar
 
+from .._tree import stop_gradient
 from ._base import AbstractLeafwise, LeafPiece, Settings, no_value, on_mask, setting
 
 
@@ -199,12 +199,21 @@ class L2Ball(AbstractLeafwise):
 
 
 def _on_simplex(z: Array, total: Array) -> Array:
-    return optax.projections.projection_simplex(z, total)
+    """The projection, differentiated as what it is on the entries that it leaves."""
+    flat = stop_gradient(jnp.ravel(z))
+    largest = -jnp.sort(-flat)
+    sums = jnp.cumsum(largest) - stop_gradient(total)
+    counts = jnp.arange(1, flat.size + 1).astype(z.dtype)
+    num = jnp.sum(largest * counts > sums)
+    is_free = stop_gradient(z) > sums[num - 1] / counts[num - 1]
+    level = (jnp.sum(jnp.where(is_free, z, 0)) - total) / num.astype(z.dtype)
+    return jnp.where(is_free, jnp.maximum(z - level, 0), 0)
 
 
 def _level(z: Array, x: Array, is_free: Array) -> Scalar:
     """What the projection takes from every entry that it leaves above zero."""
-    return jnp.sum(jnp.where(is_free, z - x, 0)) / jnp.maximum(jnp.sum(is_free), 1)
+    num = jnp.maximum(jnp.sum(is_free), 1).astype(z.dtype)
+    return jnp.sum(jnp.where(is_free, z - x, 0)) / num
 
 
 def _on_sum(is_free: Array, signs: Array, gap: Scalar) -> LeafPiece:

@@ -136,7 +136,11 @@ def _within(w: _Walk, z: Array, t: Scalar) -> _Walk:
     ahead = z[w.k + 1]
     falls = ahead + w.u_low < w.v_low - t
     rises = ~falls & (ahead + w.u_high > w.v_high + t)
-    return jax.lax.switch(falls + 2 * rises, (_extend, _fall, _rise), w, z, t)
+    return jax.lax.switch(_which(falls, rises), (_extend, _fall, _rise), w, z, t)
+
+
+def _which(falls: Array, rises: Array) -> Array:
+    return jnp.where(falls, 1, jnp.where(rises, 2, 0))
 
 
 def _extend(w: _Walk, z: Array, t: Scalar) -> _Walk:
@@ -177,7 +181,7 @@ def _at_end(w: _Walk, z: Array, t: Scalar) -> _Walk:
     """No entry is left: a last jump, or the last segment."""
     falls = w.u_low < 0
     rises = ~falls & (w.u_high > 0)
-    return jax.lax.switch(falls + 2 * rises, (_finish, _fall_at_end, _rise_at_end), w, z, t)
+    return jax.lax.switch(_which(falls, rises), (_finish, _fall_at_end, _rise_at_end), w, z, t)
 
 
 def _finish(w: _Walk, z: Array, t: Scalar) -> _Walk:

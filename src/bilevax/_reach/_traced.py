@@ -12,7 +12,7 @@ from ._reach import ARRAY, reach
 
 def refuse_traced(name: str, instead: str, **arguments: Any) -> None:
     """Raise inside `jit`, and where an argument is traced or reaches a traced value."""
-    traced = [key for key, value in arguments.items() if _is_traced(value)]
+    traced = [key for key, value in arguments.items() if reaches_traced(value)]
     if traced:
         where = f"`{traced[0]}` is traced, or closes over a value that is"
     elif isinstance(jnp.zeros(()), jax.core.Tracer):  # jit traces constants, too
@@ -25,7 +25,8 @@ def refuse_traced(name: str, instead: str, **arguments: Any) -> None:
     )
 
 
-def _is_traced(value: Any) -> bool:
+def reaches_traced(value: Any) -> bool:
+    """Whether it is traced, or closes over a value that is."""
     leaves, treedef = jtu.tree_flatten(value)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return True
