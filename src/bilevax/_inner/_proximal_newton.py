@@ -83,6 +83,7 @@ class ProximalNewton(AbstractInnerSolver):
             residual,
             self.atol + rtol * jnp.maximum(scale, residual),
             jnp.array(False),
+            jnp.array(False),
             zero - 1,
             zero,
             zero,
@@ -111,7 +112,8 @@ class ProximalNewton(AbstractInnerSolver):
                 restarted = (new_x, new_x, jnp.ones_like(carry[2]), *carry[3:])
                 carry = tree_where(new < residual, restarted, carry)
                 x, residual = new_x, new
-            # 3. what the start let guess is measured where it decides
+            # 3. once more, for an attempt on the last piece. What the start let guess is measured
+            # where it decides.
             is_small = residual <= s.tolerance
             tolerance = jax.lax.cond(
                 is_small,
@@ -122,7 +124,8 @@ class ProximalNewton(AbstractInnerSolver):
                 carry,
                 residual,
                 tolerance,
-                is_small & (residual <= tolerance),
+                is_small & (residual <= tolerance) & s.was_small,
+                is_small,
                 num_free,
                 s.num_steps + _STEPS,
                 num_products,
@@ -140,6 +143,7 @@ class _State(NamedTuple):
     residual: Scalar
     tolerance: Scalar
     is_done: Bool[Array, ""]
+    was_small: Bool[Array, ""]
     num_free: Int[Array, ""]
     num_steps: Int[Array, ""]
     num_products: Int[Array, ""]

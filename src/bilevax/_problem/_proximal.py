@@ -8,9 +8,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._checks import check_step_size
+from .._linear import CG, solve_linear
 from .._prox import AbstractProx, At, Piece, as_prox
 from .._results import RESULTS
 from .._tree import (
@@ -27,8 +28,12 @@ from ._condition import AbstractCondition, check_scalar
 # Of the power method for the largest curvature, and by how much it may fall short.
 _POWER_STEPS = 8
 _SHORT = 1.3
-# A gap of so many times the residual, and the rounding, is one that the error of x decides.
+# A gap of a tenth of the error of x is one that this error decides. Where the error is known by
+# the residual only, it may be so many times larger.
 _NEAR = 10.0
+_FAR = 100.0
+_NEWTON_RTOL = 1e-6
+_NEWTON_STEPS = 200
 
 
 class ProximalMinimum(AbstractCondition):
@@ -193,26 +198,48 @@ class ProximalMinimum(AbstractCondition):
         return on_piece
 
     def verdict(self, x: PyTree, theta: PyTree, residual: Scalar, tolerance: Scalar) -> RESULTS:
-        step = self.step_at(x, theta)
+        step, at = self.step_at(x, theta), self._at(x, theta)
         z = self.forward(x, theta, step)
         is_solved = residual <= tolerance
-        result = RESULTS.successful
-        at = self._at(x, theta)
-        gap = self.prox.gap(z, step, at)
-        if gap is not None:
-            rounding = float(jnp.finfo(gap.dtype).eps) * tree_norm(z)
-            is_near = is_solved & (gap <= _NEAR * (step * residual + rounding))
-            result = RESULTS.where(is_near, RESULTS.at_kink, result)
+        rounding = _NEAR * float(jnp.finfo(step.dtype).eps) * tree_norm(z)
         if not self.prox.has_pieces:
-            return result
+            gap = self.prox.gap(z, step, at)
+            if gap is None:
+                return RESULTS.successful
+            is_near = is_solved & (gap <= _FAR * step * residual + rounding)
+            return RESULTS.where(is_near, RESULTS.at_kink, RESULTS.successful)
         piece = self.prox.piece(z, step, at)
+        # 1. a solution: is its piece that of the Newton point, which is nearer to it?
+        newton_x = self._newton_point(piece, x, theta, is_solved, rounding / step)
+        newton_z = self.forward(newton_x, theta, step)
+        newton = self.prox.piece(newton_z, step, at)
+        is_left = _differ(piece, newton)
+        moved = tree_norm(tree_sub(newton_z, z))
+        is_near = is_left | (newton.gap <= moved / _NEAR + rounding)
+        result = RESULTS.where(is_solved & is_near, RESULTS.at_kink, RESULTS.successful)
         if self.prox.is_penalty:
             is_empty = is_solved & (piece.num_free == 0)
             result = RESULTS.where(is_empty, RESULTS.empty_support, result)
-        # Where the solve ended early: does a step lead to a piece that the next one leaves?
+        # 2. where the solve ended early: does the next step lead to another piece?
         ahead = self.prox.prox(z, step, at)
-        next_piece = self.piece(ahead, theta, step)
-        off = tree_norm(tree_sub(ahead, next_piece.place(ahead, at)))
-        is_changing = (off > 0) | (next_piece.num_free != piece.num_free)
-        is_changing |= tree_norm(tree_sub(x, piece.place(x, at))) > step * residual
+        is_changing = _differ(piece, self.piece(ahead, theta, step))
+        is_changing |= tree_norm(tree_sub(x, self.placed(piece, x, theta))) > step * residual
         return RESULTS.where(~is_solved & is_changing, RESULTS.support_not_identified, result)
+
+    def _newton_point(
+        self, piece: Piece, x: PyTree, theta: PyTree, is_wanted: Bool[Array, ""], floor: Scalar
+    ) -> PyTree[Array]:
+        """X after a Newton step on its piece, to two digits; x itself at the rounding floor."""
+        equation = self.equation_on(piece)
+        value, product = jax.linearize(lambda x: equation(x, theta), x)
+        is_open = is_wanted & (tree_norm(value) > floor)
+        b = jtu.tree_map(lambda a: jnp.where(is_open, a, 0), value)
+        found = solve_linear(CG(_NEWTON_RTOL, max_steps=_NEWTON_STEPS), product, b)
+        return self.placed(piece, tree_sub(x, found.value), theta)
+
+
+def _differ(a: Piece, b: Piece) -> Bool[Array, ""]:
+    same = [
+        jnp.array_equal(*tags) for tags in zip(*map(jtu.tree_leaves, (a.tag, b.tag)), strict=True)
+    ]
+    return ~jnp.all(jnp.stack(same))

@@ -68,6 +68,7 @@ class Piece(NamedTuple):
     smooth: Callable[[PyTree, PyTree], Scalar]  # (x, theta) -> R
     gap: Scalar  # how far z is from another piece
     num_free: Array  # entries of x that are not held
+    tag: PyTree  # arrays of booleans and signs that are equal for equal pieces
 
 
 class At(NamedTuple):
@@ -173,9 +174,8 @@ class AbstractLeafwise(AbstractProx):
             return sum(values[1:], values[0])
 
         gap = jnp.min(jnp.stack([p.gap for p in pieces]))
-        return Piece(
-            place, tangent, smooth, gap, sum((p.num_free for p in pieces), jnp.zeros((), jnp.int32))
-        )
+        num_free = jnp.sum(jnp.stack([p.num_free for p in pieces]), dtype=jnp.int32)
+        return Piece(place, tangent, smooth, gap, num_free, [p.tag for p in pieces])
 
     def _each(self, x: PyTree, theta: PyTree) -> list[tuple[Array, Settings]]:
         return list(zip(jtu.tree_leaves(x), self._settings(x, theta), strict=True))
@@ -218,6 +218,7 @@ class LeafPiece(NamedTuple):
     smooth: Callable[..., Scalar]
     gap: Scalar
     num_free: Array
+    tag: PyTree
 
 
 def on_mask(
@@ -225,14 +226,19 @@ def on_mask(
     held_at: Callable[..., Any],
     smooth: Callable[..., Scalar],
     gap: Array,
+    side: Array,
 ) -> LeafPiece:
-    """The piece on which some entries are free, and the others held at `held_at(*settings)`."""
+    """The piece on which some entries are free, and the others held at `held_at(*settings)`.
+
+    `side`: on which side of its kink every entry is, free or held.
+    """
     return LeafPiece(
         place=lambda x, *at: jnp.where(is_free, x, held_at(*at)),
         tangent=lambda x, g: jnp.where(is_free, g, 0),
         smooth=smooth,
         gap=jnp.min(gap, initial=jnp.inf),
         num_free=jnp.sum(is_free, dtype=jnp.int32),
+        tag=(is_free, side),
     )
 
 

@@ -135,7 +135,7 @@ class GroupL2(_AbstractGroups):
             return groups.sum(jnp.where(is_free, groups.spread(strength) * groups.norms(x), 0))
 
         gap = distance_to_kinks(norms, threshold)
-        return on_mask(is_free, lambda strength: jnp.zeros((), z.dtype), smooth, gap)
+        return on_mask(is_free, lambda strength: jnp.zeros((), z.dtype), smooth, gap, is_free)
 
 
 class SparseGroup(_AbstractGroups):
@@ -197,7 +197,8 @@ class SparseGroup(_AbstractGroups):
         # An entry's own kink counts in a group that is there.
         of_entry = jnp.where(is_active, distance_to_kinks(z, first), jnp.inf)
         gap = jnp.minimum(of_entry, distance_to_kinks(norms, second))
-        return on_mask(is_free, lambda l1, l2: jnp.zeros((), z.dtype), smooth, gap)
+        side = jnp.where(is_free & (first > 0), signs, 0)
+        return on_mask(is_free, lambda l1, l2: jnp.zeros((), z.dtype), smooth, gap, side)
 
 
 def _shrunk(z: Array, norms: Array, threshold: Array) -> Array:

@@ -65,6 +65,7 @@ class L1(AbstractLeafwise):
             lambda strength: jnp.zeros((), z.dtype),
             lambda x, strength: jnp.sum(strength * signs * x),
             distance_to_kinks(z, threshold),
+            jnp.where(is_kept(z, threshold) & (threshold > 0), signs, 0),
         )
 
 
@@ -106,6 +107,7 @@ class WeightedL1(AbstractLeafwise):
             lambda strength, weights: jnp.zeros((), z.dtype),
             lambda x, strength, weights: jnp.sum(strength * weights * signs * x),
             distance_to_kinks(z, threshold),
+            jnp.where(is_kept(z, threshold) & (threshold > 0), signs, 0),
         )
 
 
@@ -147,4 +149,5 @@ class ElasticNet(AbstractLeafwise):
             lambda l1, l2: jnp.zeros((), z.dtype),
             lambda x, l1, l2: jnp.sum(l1 * signs * x) + 0.5 * jnp.sum(l2 * x**2),
             distance_to_kinks(z, threshold),
+            jnp.where(is_kept(z, threshold) & (threshold > 0), signs, 0),
         )

@@ -228,6 +228,7 @@ class PerLeaf(AbstractProx):
             smooth,
             jnp.min(jnp.stack([p.gap for p in pieces])),
             jnp.sum(jnp.stack([p.num_free for p in pieces]), dtype=jnp.int32),
+            [p.tag for p in pieces],
         )
 
     def gap(self, z: PyTree, step: Scalar, theta: PyTree) -> Scalar | None:

@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar
 
 from .._tree import stop_gradient
@@ -54,6 +55,7 @@ class Box(AbstractLeafwise):
             lambda lower, upper: jnp.where(is_low, lower, upper),
             no_value,
             gap,
+            is_low,
         )
 
 
@@ -194,6 +196,7 @@ class L2Ball(AbstractLeafwise):
             smooth=no_value,
             gap=jnp.abs(size - radius),
             num_free=jnp.asarray(z.size - 1, jnp.int32),
+            tag=(),
         )
         return _unless(size <= radius, sphere, sphere.gap, z.size)
 
@@ -230,7 +233,8 @@ def _on_sum(is_free: Array, signs: Array, gap: Scalar) -> LeafPiece:
         g = jnp.where(is_free, g, 0)
         return g - normal * (jnp.sum(normal * g) / num)
 
-    return LeafPiece(place, tangent, no_value, gap, jnp.sum(is_free, dtype=jnp.int32) - 1)
+    num_free = jnp.sum(is_free, dtype=jnp.int32) - 1
+    return LeafPiece(place, tangent, no_value, gap, num_free, (is_free, normal > 0))
 
 
 def _unless(is_inside: Array, boundary: LeafPiece, gap: Scalar, size: int) -> LeafPiece:
@@ -241,6 +245,10 @@ def _unless(is_inside: Array, boundary: LeafPiece, gap: Scalar, size: int) -> Le
         smooth=no_value,
         gap=jnp.where(is_inside, gap, boundary.gap),
         num_free=jnp.where(is_inside, size, boundary.num_free).astype(jnp.int32),
+        tag=(
+            is_inside,
+            jtu.tree_map(lambda a: jnp.where(is_inside, jnp.zeros_like(a), a), boundary.tag),
+        ),
     )
 
 

@@ -62,6 +62,7 @@ class TotalVariation1D(AbstractLeafwise):
             smooth=lambda x, strength: strength * jnp.sum(found.signs * jnp.diff(x)),
             gap=jnp.where(is_free, jnp.inf, jnp.min(gaps, initial=jnp.inf)),
             num_free=jnp.where(is_free, z.size, found.labels[-1] + 1).astype(jnp.int32),
+            tag=jnp.where(is_free, jnp.zeros_like(found.signs), found.signs),
         )
 
     def _check_shapes(self, leaves: list[Array], columns: list[list[Array]]) -> None:
