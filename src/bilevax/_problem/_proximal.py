@@ -28,8 +28,7 @@ from ._condition import AbstractCondition, check_scalar
 # Of the power method for the largest curvature, and by how much it may fall short.
 _POWER_STEPS = 8
 _SHORT = 1.3
-# A gap of a tenth of the error of x is one that this error decides. Where the error is known by
-# the residual only, it may be so many times larger.
+# Of rounding errors, and of what the residual says of the error of x where nothing else does.
 _NEAR = 10.0
 _FAR = 100.0
 _NEWTON_RTOL = 1e-6
@@ -210,12 +209,12 @@ class ProximalMinimum(AbstractCondition):
             return RESULTS.where(is_near, RESULTS.at_kink, RESULTS.successful)
         piece = self.prox.piece(z, step, at)
         # 1. a solution: is its piece that of the Newton point, which is nearer to it?
-        newton_x = self._newton_point(piece, x, theta, is_solved, rounding / step)
+        newton_x = self._newton_point(piece, x, theta, is_solved)
         newton_z = self.forward(newton_x, theta, step)
         newton = self.prox.piece(newton_z, step, at)
         is_left = _differ(piece, newton)
         moved = tree_norm(tree_sub(newton_z, z))
-        is_near = is_left | (newton.gap <= moved / _NEAR + rounding)
+        is_near = is_left | (newton.gap <= 2 * moved + rounding)
         result = RESULTS.where(is_solved & is_near, RESULTS.at_kink, RESULTS.successful)
         if self.prox.is_penalty:
             is_empty = is_solved & (piece.num_free == 0)
@@ -227,13 +226,12 @@ class ProximalMinimum(AbstractCondition):
         return RESULTS.where(~is_solved & is_changing, RESULTS.support_not_identified, result)
 
     def _newton_point(
-        self, piece: Piece, x: PyTree, theta: PyTree, is_wanted: Bool[Array, ""], floor: Scalar
+        self, piece: Piece, x: PyTree, theta: PyTree, is_wanted: Bool[Array, ""]
     ) -> PyTree[Array]:
         """X after a Newton step on its piece, to two digits; x itself at the rounding floor."""
         equation = self.equation_on(piece)
         value, product = jax.linearize(lambda x: equation(x, theta), x)
-        is_open = is_wanted & (tree_norm(value) > floor)
-        b = jtu.tree_map(lambda a: jnp.where(is_open, a, 0), value)
+        b = jtu.tree_map(lambda a: jnp.where(is_wanted, a, 0), value)
         found = solve_linear(CG(_NEWTON_RTOL, max_steps=_NEWTON_STEPS), product, b)
         return self.placed(piece, tree_sub(x, found.value), theta)
 
