@@ -12,6 +12,8 @@ from ._problem import (
     FixedPoint as FixedPoint,
     LeastSquares as LeastSquares,
     Minimum as Minimum,
+    ConstrainedMinimum as ConstrainedMinimum,
+    PrimalDual as PrimalDual,
     ProximalMinimum as ProximalMinimum,
     Root as Root,
 )
@@ -20,6 +22,7 @@ from ._inner._lbfgs import LBFGS as LBFGS
 from ._inner._descent import Descent as Descent
 from ._inner._proximal_gradient import ProximalGradient as ProximalGradient
 from ._inner._proximal_newton import ProximalNewton as ProximalNewton
+from ._inner._interior_point import InteriorPoint as InteriorPoint
 from ._inner._batches import Minibatches as Minibatches
 from ._inner._optimistix import Optimistix as Optimistix
 from ._inner._external import External as External, Given as Given, Traceable as Traceable

@@ -111,6 +111,15 @@ class RESULTS(eqx.Module, metaclass=_Outcomes):
         "smaller strength would be no better. Start from a smaller strength (for a lasso a tenth "
         "of the largest |d_j fn| at x = 0), and bound it from above."
     )
+    dependent_constraints = _Outcome(
+        "The active constraints are dependent at x (too many of them meet there, or two say the "
+        "same): their multipliers are not single numbers, and x need not move smoothly. Leave out "
+        "constraints that follow from others, or move theta off the degenerate point."
+    )
+    infeasible = _Outcome(
+        "The constraints contradict each other near x: no small change of x violates them less. "
+        "Check their signs (inequality <= 0), loosen them, or start elsewhere."
+    )
     unbounded = _Outcome(
         "The inner solve diverged: along its steps the inner objective falls without end, so "
         "that there is no minimum. Check its sign, regularise it (+ 1e-3 * jnp.sum(x**2)), or "

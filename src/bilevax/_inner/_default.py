@@ -11,6 +11,7 @@ from .._tree import default_rtol, tree_size
 from ._base import AbstractInnerSolver
 from ._damped_newton import DampedNewton
 from ._external import Given
+from ._interior_point import InteriorPoint
 from ._measured import AbstractMeasuredMinimiser
 from ._newton_cg import NewtonCG
 from ._optimistix import Optimistix
@@ -36,6 +37,8 @@ def _for_equation(condition: AbstractCondition, x0: PyTree) -> Optimistix:
 def _usual(condition: AbstractCondition, x0: PyTree) -> Any:
     if condition.nonsmooth is not None:
         return ProximalNewton()
+    if condition.has_inequalities:
+        return InteriorPoint()
     return NewtonCG() if condition.objective is not None else _for_equation(condition, x0)
 
 

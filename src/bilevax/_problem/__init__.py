@@ -8,6 +8,7 @@ from ._condition import (
     Minimum as Minimum,
     Root as Root,
 )
+from ._constrained import ConstrainedMinimum as ConstrainedMinimum, PrimalDual as PrimalDual
 from ._door import (
     as_arrays as as_arrays,
     bind as bind,

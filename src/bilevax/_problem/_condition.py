@@ -58,6 +58,11 @@ class AbstractCondition(OneLine, eqx.Module):
         return "root_find" if self.objective is None else "minimise"
 
     @property
+    def has_inequalities(self) -> bool:
+        """Whether the unknown has multipliers of inequalities, see `ConstrainedMinimum`."""
+        return False
+
+    @property
     def nonsmooth(self) -> Any:
         """The term beside a smooth objective that has a proximal step, see `ProximalMinimum`."""
         return None

@@ -32,6 +32,8 @@ _LEFT = 1e-2
 # How much more than the accuracy asked for in one norm of all entries. Conjugate gradients
 # to 1e-3 leave up to 1e-2 on a ridge whose features differ in scale by 30.
 _COARSER = 100.0
+# Of a product, relative to the sizes of its factors.
+_ROUNDING = 10.0
 # Of x, what a Newton step may still move: so many times the root of the default accuracy, 2.5e-3
 # in float64. Hypergradients that are wrong by more than 1 % move x by more.
 _FAR = 2.5
@@ -82,14 +84,15 @@ def in_own_scale(
 
     left, size = weighed(residual), weighed(b)
     may_leave = jnp.maximum(_LEFT, _COARSER * adjoint.tolerance)
-    is_open = (adjoint.result == RESULTS.successful) & (left > may_leave * size)
+    rounding = _ROUNDING * float(jnp.finfo(left.dtype).eps) * norm(x) * norm(b)
+    is_open = (adjoint.result == RESULTS.successful) & (left > may_leave * size + rounding)
     is_open &= is_bounded(adjoint.tolerance)  # in the least-squares sense it may be anything
 
     def terms() -> Scalar:
         return weighed(matvec(jtu.tree_map(lambda a: a * signs_like(a), v)))
 
     size = jnp.maximum(size, jax.lax.cond(is_open, terms, lambda: size))
-    is_hidden = is_open & (left > may_leave * size)
+    is_hidden = is_open & (left > may_leave * size + rounding)
     result = RESULTS.where(is_hidden, RESULTS.adjoint_not_converged, adjoint.result)
     num_products = adjoint.num_products + is_open.astype(jnp.int32)
     return eqx.tree_at(lambda s: (s.result, s.num_products), adjoint, (result, num_products))

@@ -86,7 +86,7 @@ def attach_derivative(
             transpose_solve=solve_transposed,
             symmetric=is_symmetric,
         )
-        return x, x_dot
+        return x, _all_seen(x_dot)
 
     attached.defjvp(attached_jvp, symbolic_zeros=True)
     return attached(inexact, arrays, constant, jax.lax.stop_gradient(x))
@@ -113,6 +113,19 @@ def _right_hand_side(
     if failed is not None:
         product = jtu.tree_map(lambda r: jnp.where(failed, 0, r), product)
     return jtu.tree_map(lambda r: -r + jnp.asarray(weight * total, r.dtype), product)
+
+
+def _all_seen(x_dot: PyTree[Array]) -> PyTree[Array]:
+    """`x_dot`, of which no leaf is unused in the eyes of JAX.
+
+    custom_linear_solve cannot be transposed where the cotangent of a leaf is a symbolic zero, as
+    that of multipliers which nobody asks for. So zero times their sum is added.
+    """
+    leaves = jtu.tree_leaves(x_dot)
+    if len(leaves) < 2:
+        return x_dot
+    nothing = 0 * sum((jnp.sum(leaf) for leaf in leaves[1:]), jnp.sum(leaves[0]))
+    return jtu.tree_map(lambda leaf: leaf + nothing, x_dot)
 
 
 def _moves(tangent: Any) -> bool:
