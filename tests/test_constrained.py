@@ -149,6 +149,21 @@ def random_program(matrix, pull, rows, limits, weights, theta):
     return found.result.index, found.grad, found.x
 
 
+def system(matrix, rows, active):
+    hessian = matrix.T @ matrix + 0.1 * np.eye(matrix.shape[1])
+    return np.block([[hessian, rows[active].T], [rows[active], np.zeros((sum(active),) * 2)]])
+
+
+def padded(side, active, limits=None):
+    return np.append(side, np.zeros(sum(active)) if limits is None else limits[active])
+
+
+def exact_solution(matrix, pull, rows, limits, _, theta, active):
+    active = np.asarray(active)
+    side = padded(pull + theta, active, limits)
+    return np.linalg.lstsq(system(matrix, rows, active), side)[0][: len(pull)]
+
+
 @pytest.mark.parametrize("kind", ["any", "weakly active"])
 def test_random_quadratic_programs_are_right_or_flagged(kind):
     num, size, num_rows = 500, 6, 8
@@ -165,21 +180,19 @@ def test_random_quadratic_programs_are_right_or_flagged(kind):
     if kind == "weakly active":  # limits that the solution without the first row meets, nearly
         without = [*data[:3], data[3].copy(), *data[4:]]
         without[3][:, 0] = 1e3
-        x = np.asarray(batch(*map(jnp.asarray, without))[2].x)
+        pairs = batch(*map(jnp.asarray, without))[2]
+        x = [exact_solution(*(a[i] for a in without), pairs.inequality[i] > 0) for i in range(num)]
         away = rng.choice([-1, 1], size=num) * 10.0 ** -rng.uniform(2, 14, size=num)
-        data[3][:, 0] = np.einsum("ij,ij->i", data[2][:, 0], x) + away
+        data[3][:, 0] = np.einsum("ij,ij->i", data[2][:, 0], np.stack(x)) + away
     results, grads, pairs = batch(*map(jnp.asarray, data))
     names = np.array(bx.RESULTS.names())[np.asarray(results)]
     for i in np.flatnonzero(names == "successful"):
         matrix, _, rows, limits, weights, _ = (a[i] for a in data)
-        hessian = matrix.T @ matrix + 0.1 * np.eye(size)
         x, multipliers = np.asarray(pairs.x[i]), np.asarray(pairs.inequality[i])
         assert np.max(rows @ x - limits) < 1e-6 and np.min(multipliers) > -1e-6
         active = multipliers > 0
         assert kind == "any" or active[0] == (away[i] < 0)
-        rest = np.zeros((active.sum(), active.sum()))
-        system = np.block([[hessian, rows[active].T], [rows[active], rest]])
-        exact = np.linalg.solve(system, np.append(weights, np.zeros(active.sum())))[:size]
+        exact = np.linalg.solve(system(matrix, rows, active), padded(weights, active))[:size]
         np.testing.assert_allclose(grads[i], exact, rtol=1e-4, atol=1e-4)
     counts = collections.Counter(names.tolist())
     assert counts["successful"] >= (0.97 if kind == "any" else 0.5) * num, counts

@@ -195,11 +195,14 @@ class ConstrainedMinimum(AbstractCondition):
         is_solved = residual <= tolerance
         result = RESULTS.successful
         sums = self._sums(x, theta)
-        rounding = 100 * float(jnp.finfo(residual.dtype).eps) * tree_norm((x, sums))
         if sums is not None:
             margins = [jnp.min(jnp.abs(s), initial=jnp.inf) for s in jtu.tree_leaves(sums)]
             margin = jnp.min(jnp.stack(margins))
-            is_near = is_solved & (margin <= 100 * residual + rounding)
+            rounding = 100 * float(jnp.finfo(residual.dtype).eps) * tree_norm((x, sums))
+            error = jax.lax.cond(
+                is_solved, lambda: self._error(x, theta, residual), lambda: residual
+            )
+            is_near = is_solved & ~(margin > 2 * error + rounding)
             result = RESULTS.where(is_near, RESULTS.at_kink, result)
         flat, back = jax.flatten_util.ravel_pytree(x.x)
 
@@ -225,6 +228,19 @@ class ConstrainedMinimum(AbstractCondition):
             is_solved, _no, lambda: _are_contradictory(values, flat, is_equality, 10 * tolerance)
         )
         return RESULTS.where(is_infeasible, RESULTS.infeasible, result)
+
+    def _error(self, x: PrimalDual, theta: PyTree, residual: Scalar) -> Scalar:
+        """Of x and its multipliers, by the length of a Newton step."""
+        flat, back = jax.flatten_util.ravel_pytree(x)
+        if flat.size > _MOST_DENSE:
+            return 100 * residual
+        equation = self.equation_at(x, theta)
+
+        def value(flat: Array) -> Array:
+            return jax.flatten_util.ravel_pytree(equation(back(flat), theta))[0]
+
+        step = jnp.linalg.solve(jax.jacfwd(value)(flat), value(flat))
+        return jnp.linalg.norm(step).astype(residual.dtype)
 
 
 def _no() -> Bool[Array, ""]:
