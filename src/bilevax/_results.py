@@ -90,9 +90,8 @@ class RESULTS(eqx.Module, metaclass=_Outcomes):
     not_smooth = _Outcome(
         "The inner objective is not smooth at x: its gradient jumps there (an absolute value, a "
         "maximum, a hinge, relu), so that its zero does not define how x* moves with theta. "
-        "Smooth the kink (jnp.sqrt(x**2 + eps), jax.nn.softplus), or state the problem as the "
-        "fixed point of a proximal step, bx.FixedPoint, which is smooth away from changes of "
-        "the support."
+        "Smooth the kink (jnp.sqrt(x**2 + eps), jax.nn.softplus), or give a penalty as such, "
+        "bx.ProximalMinimum(fn, bx.prox.L1(...)), whose derivative is that of its support."
     )
     at_kink = _Outcome(
         "The inner solution is at a kink: an entry that is held (a coefficient of zero, a bound, "

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from .._checks import check_count, check_tolerance
-from .._linear import CG, solve_linear
+from .._linear import solve_linear
 from .._problem import AbstractCondition
+from .._problem._proximal import newton_solver
 from .._tree import default_rtol, tree_norm, tree_sub, tree_where
 from ._base import AbstractInnerSolver, Counts, InnerSolution, measure, residual_and_scale
 from ._proximal_gradient import ProximalGradient, proximal
@@ -18,7 +19,9 @@ from ._proximal_gradient import ProximalGradient, proximal
 _STEPS = 10
 # Of an attempt: it is exact for a quadratic function and solves the rest again.
 _CG_RTOL = 1e-3
-_MAX_CG_STEPS = 200
+# How often it is tried after the residual is small, and where there is nothing left to try.
+_PATIENCE = 30
+_FLOOR = 1e-3
 
 
 class ProximalNewton(AbstractInnerSolver):
@@ -26,9 +29,10 @@ class ProximalNewton(AbstractInnerSolver):
 
     Accelerated proximal gradient (see `bx.ProximalGradient`) finds the smooth piece on which the
     solution lies: the support, the bounds that hold, the groups. Every ten steps Newton's method
-    is tried on the piece, by conjugate gradients, and taken where it halves the residual: for a
-    quadratic `fn` one such step is the solution, once the piece is right. For a box this is a
-    projected Newton method. Terms without pieces (`Nuclear`, `Own`) get the proximal steps alone.
+    is tried on the piece, by a factorisation of at most 256 variables or conjugate gradients,
+    and taken where it halves the residual: for a quadratic `fn` one such step is the solution, once
+    the piece is right. For a box this is a projected Newton method. Terms without pieces
+    (`Nuclear`, `Own`) get the proximal steps alone.
 
     **Arguments:**
 
@@ -83,7 +87,7 @@ class ProximalNewton(AbstractInnerSolver):
             residual,
             self.atol + rtol * jnp.maximum(scale, residual),
             jnp.array(False),
-            jnp.array(False),
+            zero,
             zero - 1,
             zero,
             zero,
@@ -99,7 +103,7 @@ class ProximalNewton(AbstractInnerSolver):
             residual = tree_norm(at.residual_of_step(x, theta, step))
             num_products = s.num_products
             # 2. Newton's method, where the piece has settled
-            num_free = s.num_free
+            num_free, is_settled = s.num_free, jnp.array(not at.nonsmooth.has_pieces)
             if at.nonsmooth.has_pieces:
                 num_free = at.piece(x, theta, step).num_free
                 is_wanted = (num_free == s.num_free) & (num_free > 0)
@@ -111,9 +115,10 @@ class ProximalNewton(AbstractInnerSolver):
                 num_products += more
                 restarted = (new_x, new_x, jnp.ones_like(carry[2]), *carry[3:])
                 carry = tree_where(new < residual, restarted, carry)
+                is_settled = (new < residual) | (new <= _FLOOR * s.tolerance)
                 x, residual = new_x, new
-            # 3. once more, for an attempt on the last piece. What the start let guess is measured
-            # where it decides.
+            # 3. not before Newton's method agrees, with patience. What the start let guess of the
+            # tolerance is measured where it decides.
             is_small = residual <= s.tolerance
             tolerance = jax.lax.cond(
                 is_small,
@@ -124,8 +129,8 @@ class ProximalNewton(AbstractInnerSolver):
                 carry,
                 residual,
                 tolerance,
-                is_small & (residual <= tolerance) & s.was_small,
-                is_small,
+                is_small & (residual <= tolerance) & (is_settled | (s.num_small >= _PATIENCE)),
+                s.num_small + is_small,
                 num_free,
                 s.num_steps + _STEPS,
                 num_products,
@@ -143,7 +148,7 @@ class _State(NamedTuple):
     residual: Scalar
     tolerance: Scalar
     is_done: Bool[Array, ""]
-    was_small: Bool[Array, ""]
+    num_small: Int[Array, ""]
     num_free: Int[Array, ""]
     num_steps: Int[Array, ""]
     num_products: Int[Array, ""]
@@ -156,8 +161,7 @@ def _newton(
     piece = at.piece(x, theta, step)
     equation = at.equation_on(piece)
     value, product = jax.linearize(lambda x: equation(x, theta), x)
-    solver = CG(_CG_RTOL, max_steps=_MAX_CG_STEPS)
-    found = solve_linear(solver, product, value)
+    found = solve_linear(newton_solver(x, _CG_RTOL), product, value)
     ahead = at.placed(piece, tree_sub(x, found.value), theta)
     new = tree_norm(at.residual_of_step(ahead, theta, step))
     is_better = new < 0.5 * residual

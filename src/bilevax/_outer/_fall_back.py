@@ -21,9 +21,10 @@ def is_usable(
     """Whether theta may move on an evaluation.
 
     A jump that persists after three half steps is a branch that has ended: the new one is
-    accepted, unless a line search can do better.
+    accepted, unless a line search can do better. At a kink the value is right, and the
+    one-sided derivative a direction to leave it by.
     """
-    usable = is_right(estimate)
+    usable = is_right(estimate) | (estimate.result == RESULTS.at_kink)
     if can_reject:
         return usable
     return usable | ((estimate.result == RESULTS.jumped) & (num_failures >= _NUM_HALF_STEPS))

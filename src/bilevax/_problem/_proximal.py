@@ -8,10 +8,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import lineax as lx
 from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._checks import check_step_size
-from .._linear import CG, solve_linear
+from .._linear import CG, Direct, solve_linear
 from .._prox import AbstractProx, At, Piece, as_prox
 from .._results import RESULTS
 from .._tree import (
@@ -21,6 +22,7 @@ from .._tree import (
     tree_dtype,
     tree_norm,
     tree_scale,
+    tree_size,
     tree_sub,
 )
 from ._condition import AbstractCondition, check_scalar
@@ -33,6 +35,7 @@ _NEAR = 10.0
 _FAR = 100.0
 _NEWTON_RTOL = 1e-6
 _NEWTON_STEPS = 200
+_DENSE = 256
 
 
 class ProximalMinimum(AbstractCondition):
@@ -232,8 +235,15 @@ class ProximalMinimum(AbstractCondition):
         equation = self.equation_on(piece)
         value, product = jax.linearize(lambda x: equation(x, theta), x)
         b = jtu.tree_map(lambda a: jnp.where(is_wanted, a, 0), value)
-        found = solve_linear(CG(_NEWTON_RTOL, max_steps=_NEWTON_STEPS), product, b)
+        found = solve_linear(newton_solver(x, _NEWTON_RTOL), product, b)
         return self.placed(piece, tree_sub(x, found.value), theta)
+
+
+def newton_solver(x: PyTree, rtol: float) -> lx.AbstractLinearSolver:
+    """Of the systems on a piece; of few variables by a factorisation, whatever the condition."""
+    if tree_size(x) <= _DENSE:
+        return Direct()
+    return CG(rtol, max_steps=_NEWTON_STEPS)
 
 
 def _differ(a: Piece, b: Piece) -> Bool[Array, ""]:
