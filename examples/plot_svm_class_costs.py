@@ -61,7 +61,8 @@ def balanced_loss(a, theta, data):
 
 problem = bx.Bilevel(dual, balanced_loss, outer_data=validation)
 start = jnp.log(jnp.array([1.0, 1.0]))
-solution = bx.solve(problem, jnp.zeros(len(labels)), start, num_steps=40)
+method = bx.DoubleLoop(optimizer=bx.OuterLBFGS())
+solution = bx.solve(problem, jnp.zeros(len(labels)), start, method, num_steps=20)
 print(solution)
 
 # %%

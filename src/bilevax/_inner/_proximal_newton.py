@@ -11,7 +11,7 @@ from .._checks import check_count, check_tolerance
 from .._linear import solve_linear
 from .._problem import AbstractCondition
 from .._problem._proximal import newton_solver
-from .._tree import default_rtol, tree_norm, tree_sub, tree_where
+from .._tree import default_rtol, tree_axpy, tree_norm, tree_where
 from ._base import AbstractInnerSolver, Counts, InnerSolution, measure, residual_and_scale
 from ._proximal_gradient import ProximalGradient, proximal
 
@@ -22,6 +22,8 @@ _CG_RTOL = 1e-3
 # How often it is tried after the residual is small, and where there is nothing left to try.
 _PATIENCE = 30
 _FLOOR = 1e-3
+# Of a Newton step that leaves the piece.
+_LENGTHS = (1.0, 0.3, 0.1)
 
 
 class ProximalNewton(AbstractInnerSolver):
@@ -31,8 +33,9 @@ class ProximalNewton(AbstractInnerSolver):
     solution lies: the support, the bounds that hold, the groups. Every ten steps Newton's method
     is tried on the piece, by a factorisation of at most 256 variables or conjugate gradients,
     and taken where it halves the residual: for a quadratic `fn` one such step is the solution, once
-    the piece is right. For a box this is a projected Newton method. Terms without pieces
-    (`Nuclear`, `Own`) get the proximal steps alone.
+    the piece is right. Where it leads off the piece, shorter ones are tried, projected. For a
+    box this is a projected Newton method. Terms without pieces (`Nuclear`, `Own`) get the
+    proximal steps alone.
 
     **Arguments:**
 
@@ -107,16 +110,17 @@ class ProximalNewton(AbstractInnerSolver):
             if at.nonsmooth.has_pieces:
                 num_free = at.piece(x, theta, step).num_free
                 is_wanted = (num_free == s.num_free) & (num_free > 0)
-                new_x, new, more = jax.lax.cond(
+                no = jnp.array(False)
+                found = jax.lax.cond(
                     is_wanted,
                     lambda: _newton(at, x, theta, step, residual),
-                    lambda: (x, residual, zero),
+                    lambda: _Attempt(x, residual, zero, no, no),
                 )
-                num_products += more
-                restarted = (new_x, new_x, jnp.ones_like(carry[2]), *carry[3:])
-                carry = tree_where(new < residual, restarted, carry)
-                is_settled = (new < residual) | (new <= _FLOOR * s.tolerance)
-                x, residual = new_x, new
+                num_products += found.num_products
+                restarted = (found.x, found.x, jnp.ones_like(carry[2]), *carry[3:])
+                carry = tree_where(found.is_better, restarted, carry)
+                is_settled = found.is_settled | (found.residual <= _FLOOR * s.tolerance)
+                x, residual = found.x, found.residual
             # 3. not before Newton's method agrees, with patience. What the start let guess of the
             # tolerance is measured where it decides.
             is_small = residual <= s.tolerance
@@ -130,7 +134,7 @@ class ProximalNewton(AbstractInnerSolver):
                 residual,
                 tolerance,
                 is_small & (residual <= tolerance) & (is_settled | (s.num_small >= _PATIENCE)),
-                s.num_small + is_small,
+                s.num_small + is_small.astype(jnp.int32),
                 num_free,
                 s.num_steps + _STEPS,
                 num_products,
@@ -154,19 +158,40 @@ class _State(NamedTuple):
     num_products: Int[Array, ""]
 
 
-def _newton(
-    at: Any, x: PyTree, theta: PyTree, step: Scalar, residual: Scalar
-) -> tuple[PyTree, Scalar, Int[Array, ""]]:
-    """X after a Newton step on its piece, if that halves the residual."""
+class _Attempt(NamedTuple):
+    x: PyTree
+    residual: Scalar
+    num_products: Int[Array, ""]
+    is_better: Bool[Array, ""]  # than the x before
+    is_settled: Bool[Array, ""]  # on its piece, where the residual has halved
+
+
+def _newton(at: Any, x: PyTree, theta: PyTree, step: Scalar, residual: Scalar) -> _Attempt:
+    """A Newton step on the piece of x, if that halves the residual.
+
+    Or the best of a few points on the way, each after a proximal step, if that lowers the
+    objective: there many entries may leave the piece at once.
+    """
     piece = at.piece(x, theta, step)
     equation = at.equation_on(piece)
     value, product = jax.linearize(lambda x: equation(x, theta), x)
     found = solve_linear(newton_solver(x, _CG_RTOL), product, value)
-    ahead = at.placed(piece, tree_sub(x, found.value), theta)
-    new = tree_norm(at.residual_of_step(ahead, theta, step))
-    is_better = new < 0.5 * residual
-    return (
-        tree_where(is_better, ahead, x),
-        jnp.where(is_better, new, residual),
-        found.num_products + 1,
-    )
+
+    def ahead(length: Scalar) -> PyTree:
+        return at.placed(piece, tree_axpy(-length, found.value, x), theta)
+
+    def beyond(length: Scalar) -> PyTree:
+        return at.proximal_step(at.forward(ahead(length), theta, step), theta, step)
+
+    whole = ahead(jnp.ones_like(residual))
+    new = tree_norm(at.residual_of_step(whole, theta, step))
+    is_settled = new < 0.5 * residual
+    lengths = jnp.asarray(_LENGTHS, residual.dtype)
+    values = jax.lax.map(lambda length: at.value(beyond(length), theta), lengths)
+    best = jnp.nanargmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
+    now = at.value(x, theta)
+    rounding = 10 * float(jnp.finfo(now.dtype).eps) * jnp.abs(now)
+    is_lower = ~is_settled & (values[best] < now - rounding)
+    chosen = tree_where(is_lower, beyond(lengths[best]), tree_where(is_settled, whole, x))
+    left = tree_norm(at.residual_of_step(chosen, theta, step))
+    return _Attempt(chosen, left, found.num_products + 1, is_settled | is_lower, is_settled)
