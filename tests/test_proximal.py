@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from sklearn.linear_model import ElasticNet, Lasso
 
@@ -384,6 +385,10 @@ def test_what_is_no_term_is_refused():
         problem = bx.Bilevel(bx.ProximalMinimum(loss, term), outer)
         with pytest.raises((TypeError, ValueError), match=message):
             bx.hypergradient(problem, jnp.zeros(SIZE), THETA)
+    problem = bx.Bilevel(bx.ProximalMinimum(loss, bx.prox.L1(0.1)), outer)
+    with pytest.raises(TypeError, match="bx.ProximalGradient"):
+        solver = bx.Descent(optax.sgd(0.1), num_steps=3)
+        bx.hypergradient(problem, jnp.zeros(SIZE), THETA, inner_solver=solver)
     smooth = bx.Bilevel(loss, outer)
     with pytest.raises(TypeError, match="ProximalMinimum"):
         bx.hypergradient(smooth, jnp.zeros(SIZE), THETA, inner_solver=TIGHT)

@@ -32,6 +32,7 @@ from ._outer._base import AbstractMethod
 from ._outer._evaluation import Evaluation
 from ._precondition import AbstractPreconditioner
 from ._problem import AbstractCondition
+from ._prox import AbstractProx, Piece
 
 __all__ = [
     "AbstractAtSolution",
@@ -41,6 +42,7 @@ __all__ = [
     "AbstractIterativeLinearSolver",
     "AbstractMethod",
     "AbstractPreconditioner",
+    "AbstractProx",
     "AbstractSteppingSolver",
     "Adjoint",
     "Call",
@@ -49,6 +51,7 @@ __all__ = [
     "HypergradientState",
     "InnerSolution",
     "LinearSolution",
+    "Piece",
     "Point",
     "Query",
     "Solved",

@@ -161,10 +161,14 @@ class Descent(AbstractSteppingSolver):
         self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: PyTree
     ) -> PyTree[Array]:
         if condition.objective is None:
+            remedy = (
+                "optx.Newton(...) for a root or optx.FixedPointIteration(...) for a fixed point"
+            )
+            if condition.nonsmooth is not None:
+                remedy = "bx.ProximalGradient(num_steps), which takes the steps of its penalty, too"
             raise TypeError(
-                f"`Descent` minimises an objective, but the inner problem is a "
-                f"{type(condition).__name__}. Use optx.Newton(...) for a root or "
-                "optx.FixedPointIteration(...) for a fixed point."
+                "`Descent` minimises a smooth objective, but the inner problem is a "
+                f"{type(condition).__name__}. Use {remedy}."
             )
         if self.batches is not None:
             x0 = check_batches(self.batches, condition, x0)
