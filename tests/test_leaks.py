@@ -4,6 +4,8 @@ A derivative rule that closes over a traced value works until it is used inside 
 else's `scan` or `vmap`.
 """
 
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,15 @@ import optimistix as optx
 import pytest
 
 import bilevax as bx
+
+@pytest.fixture(autouse=True)
+def small_heap():
+    """JAX collects garbage at the end of every trace: not again what was there before."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
 
 THETA, X0 = jnp.array([0.1, -0.2, 0.3]), jnp.zeros(3)
 
