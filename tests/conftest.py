@@ -37,6 +37,8 @@ QUICK = (
     "test_contract.py::test_every_linear_solver_serves_implicit",
     "test_contract.py::test_solvers_of_other_kinds_serve_every_condition",
     "test_contract.py::test_argmin_jvp_is_the_transpose_of_vjp[quadratic]",
+    "test_proximal.py::test_the_projection_on_the_simplex",
+    "test_constrained.py::test_inequalities_on_an_edge_and_at_a_vertex",
     "test_layering.py",
     "test_oracles.py",
     "test_solve.py::test_history_agrees_with_hypergradient",

@@ -15,6 +15,7 @@ import pytest
 
 import bilevax as bx
 
+
 @pytest.fixture(autouse=True)
 def small_heap():
     """JAX collects garbage at the end of every trace: not again what was there before."""
