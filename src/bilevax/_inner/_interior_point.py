@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
@@ -197,14 +198,7 @@ def _longest(values: tuple[Array, ...], moves: tuple[Array, ...]) -> Scalar:
 
 def _polished(condition: Any, theta: PyTree, x: PyTree, residual: Scalar) -> tuple[PyTree, Scalar]:
     """X after Newton's method on what is active, if that makes the residual smaller."""
-    flat, back = ravel_pytree(x)
-    equation = condition.equation_at(x, theta)
-
-    def value(flat: Array) -> Array:
-        return ravel_pytree(equation(back(flat), theta))[0]
-
-    matrix = jax.jacfwd(value)(flat)
-    new = back(flat - jnp.linalg.solve(matrix, value(flat)))
+    new = jtu.tree_map(jnp.add, x, condition.newton_step(x, theta))
     size = tree_norm(condition.residual(new, theta))
     is_better = size < residual
     return tree_where(is_better, new, x), jnp.where(is_better, size, residual)

@@ -26,7 +26,7 @@ class ProximalGradient(AbstractSteppingSolver):
     - `num_steps`: how many steps; with a tolerance, at most so many.
     - `rtol`, `atol`: stop when the norm of the residual (see `bx.ProximalMinimum`) is below
         `rtol` times that of its terms plus `atol`; by default all steps are taken.
-    - `step_size`: the first s; by default about one over the largest curvature, from eight
+    - `step_size`: the first s; by default about one over the largest curvature, from ten
         Hessian products.
     - `accelerated`: without momentum where `False`: the plain method.
 

@@ -231,16 +231,19 @@ class ConstrainedMinimum(AbstractCondition):
 
     def _error(self, x: PrimalDual, theta: PyTree, residual: Scalar) -> Scalar:
         """Of x and its multipliers, by the length of a Newton step."""
-        flat, back = jax.flatten_util.ravel_pytree(x)
-        if flat.size > _MOST_DENSE:
+        if tree_size(x) > _MOST_DENSE:
             return 100 * residual
+        return tree_norm(self.newton_step(x, theta)).astype(residual.dtype)
+
+    def newton_step(self, x: PrimalDual, theta: PyTree) -> PrimalDual:
+        """From x to the solution for the constraints that are active, by a dense solve."""
+        flat, back = jax.flatten_util.ravel_pytree(x)
         equation = self.equation_at(x, theta)
 
         def value(flat: Array) -> Array:
             return jax.flatten_util.ravel_pytree(equation(back(flat), theta))[0]
 
-        step = jnp.linalg.solve(jax.jacfwd(value)(flat), value(flat))
-        return jnp.linalg.norm(step).astype(residual.dtype)
+        return back(-jnp.linalg.solve(jax.jacfwd(value)(flat), value(flat)))
 
 
 def _no() -> Bool[Array, ""]:

@@ -13,10 +13,10 @@ from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._checks import check_step_size
 from .._linear import CG, Direct, solve_linear
+from .._linear._common import largest_eigenvalue
 from .._prox import AbstractProx, At, Piece, as_prox
 from .._results import RESULTS
 from .._tree import (
-    signs_like,
     stop_gradient,
     tree_axpy,
     tree_dtype,
@@ -24,11 +24,11 @@ from .._tree import (
     tree_scale,
     tree_size,
     tree_sub,
+    tree_zeros_like,
 )
 from ._condition import AbstractCondition, check_scalar
 
-# Of the power method for the largest curvature, and by how much it may fall short.
-_POWER_STEPS = 8
+# By how much the power method for the largest curvature may fall short.
 _SHORT = 1.3
 # Of rounding errors, and of what the residual says of the error of x where nothing else does.
 _NEAR = 10.0
@@ -46,7 +46,7 @@ class ProximalMinimum(AbstractCondition):
     - `fn`: `(x, theta)` or, with data, `(x, theta, data)` to a scalar.
     - `prox`: a penalty or a set, such as `bx.prox.L1(lambda theta: jnp.exp(theta))`; a pytree of
         these and `None` like x; or a pair of functions `(value, prox)`, see `bx.prox.Own`.
-    - `step_size`: the s of the residual, by default measured with eight Hessian products.
+    - `step_size`: the s of the residual, by default measured with ten Hessian products.
     - `data`: as in `Minimum`. Where `fn` returns `(value, aux)`, say `has_aux=True`.
 
     The residual is `(x - prox(x - s grad_x fn, s)) / s`, s about one over the largest
@@ -130,21 +130,10 @@ class ProximalMinimum(AbstractCondition):
             return jnp.asarray(self.step_size, tree_dtype(x))
         x, theta = stop_gradient((x, theta))
         _, product = jax.linearize(lambda x: self.gradient(x, theta), x)
-        start = jtu.tree_map(signs_like, x)
-
-        def step(_: Array, state: tuple[PyTree, Scalar]) -> tuple[PyTree, Scalar]:
-            direction, _ = state
-            image = product(tree_scale(1 / tree_norm(direction), direction))
-            size = tree_norm(image)
-            is_known = jnp.isfinite(size) & (size > 0)
-            kept = jtu.tree_map(lambda a, b: jnp.where(is_known, a, b), image, direction)
-            return kept, jnp.where(is_known, size, 0)
-
-        first = (start, jnp.zeros_like(tree_norm(start)))
-        _, curvature = jax.lax.fori_loop(0, _POWER_STEPS, step, first)
-        return jax.lax.stop_gradient(
-            jnp.where(curvature > 0, 1 / (_SHORT * jnp.where(curvature > 0, curvature, 1)), 1)
-        )
+        curvature = largest_eigenvalue(product, tree_zeros_like(x))
+        is_known = jnp.isfinite(curvature) & (curvature > 0)
+        step = jnp.where(is_known, 1 / (_SHORT * jnp.where(is_known, curvature, 1)), 1)
+        return jax.lax.stop_gradient(step)
 
     def with_step_at(self, x: PyTree, theta: PyTree) -> "ProximalMinimum":
         """The same, the step size measured once and for all."""
@@ -231,7 +220,7 @@ class ProximalMinimum(AbstractCondition):
     def _newton_point(
         self, piece: Piece, x: PyTree, theta: PyTree, is_wanted: Bool[Array, ""]
     ) -> PyTree[Array]:
-        """X after a Newton step on its piece, to two digits; x itself at the rounding floor."""
+        """Where a Newton step on its piece takes x."""
         equation = self.equation_on(piece)
         value, product = jax.linearize(lambda x: equation(x, theta), x)
         b = jtu.tree_map(lambda a: jnp.where(is_wanted, a, 0), value)

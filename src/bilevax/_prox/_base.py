@@ -116,13 +116,9 @@ def as_setting(value: Any) -> Any:
     return jtu.tree_map(lambda a: jnp.asarray(a) if isinstance(a, (int, float)) else a, value)
 
 
-def setting(default: Any = None) -> Any:
+def setting(default: float) -> Any:
     """A field for one."""
-    return (
-        eqx.field(converter=as_setting)
-        if default is None
-        else eqx.field(default=default, converter=as_setting)
-    )
+    return eqx.field(default=default, converter=as_setting)
 
 
 class AbstractLeafwise(AbstractProx):

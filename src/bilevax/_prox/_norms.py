@@ -1,5 +1,6 @@
 """Penalties of single entries: lasso and elastic net."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -21,6 +22,18 @@ def distance_to_kinks(z: Array, threshold: Array) -> Array:
 def is_kept(z: Array, threshold: Array) -> Array:
     """Whether `soft` leaves the entry free to move."""
     return (jnp.abs(z) > threshold) | (threshold == 0)
+
+
+def _soft_piece(z: Array, threshold: Array, value: Callable[..., Scalar]) -> LeafPiece:
+    """The support of `soft(z, threshold)`; `value` is called with x and its magnitudes."""
+    is_free, signs = is_kept(z, threshold), jnp.sign(z)
+    return on_mask(
+        is_free,
+        lambda *_: jnp.zeros((), z.dtype),
+        lambda x, *at: value(x, signs * x, *at),
+        distance_to_kinks(z, threshold),
+        jnp.where(is_free & (threshold > 0), signs, 0),
+    )
 
 
 class L1(AbstractLeafwise):
@@ -59,14 +72,7 @@ class L1(AbstractLeafwise):
 
     def piece_of_leaf(self, z: Array, step: Scalar, at: Settings) -> LeafPiece:
         (strength,) = at
-        threshold, signs = step * strength, jnp.sign(z)
-        return on_mask(
-            is_kept(z, threshold),
-            lambda strength: jnp.zeros((), z.dtype),
-            lambda x, strength: jnp.sum(strength * signs * x),
-            distance_to_kinks(z, threshold),
-            jnp.where(is_kept(z, threshold) & (threshold > 0), signs, 0),
-        )
+        return _soft_piece(z, step * strength, lambda x, size, strength: jnp.sum(strength * size))
 
 
 class WeightedL1(AbstractLeafwise):
@@ -101,13 +107,10 @@ class WeightedL1(AbstractLeafwise):
 
     def piece_of_leaf(self, z: Array, step: Scalar, at: Settings) -> LeafPiece:
         strength, weights = at
-        threshold, signs = step * strength * weights, jnp.sign(z)
-        return on_mask(
-            is_kept(z, threshold),
-            lambda strength, weights: jnp.zeros((), z.dtype),
-            lambda x, strength, weights: jnp.sum(strength * weights * signs * x),
-            distance_to_kinks(z, threshold),
-            jnp.where(is_kept(z, threshold) & (threshold > 0), signs, 0),
+        return _soft_piece(
+            z,
+            step * strength * weights,
+            lambda x, size, strength, weights: jnp.sum(strength * weights * size),
         )
 
 
@@ -143,11 +146,6 @@ class ElasticNet(AbstractLeafwise):
         return soft(z, step * l1) / (1 + step * l2)
 
     def piece_of_leaf(self, z: Array, step: Scalar, at: Settings) -> LeafPiece:
-        threshold, signs = step * at[0], jnp.sign(z)
-        return on_mask(
-            is_kept(z, threshold),
-            lambda l1, l2: jnp.zeros((), z.dtype),
-            lambda x, l1, l2: jnp.sum(l1 * signs * x) + 0.5 * jnp.sum(l2 * x**2),
-            distance_to_kinks(z, threshold),
-            jnp.where(is_kept(z, threshold) & (threshold > 0), signs, 0),
+        return _soft_piece(
+            z, step * at[0], lambda x, size, l1, l2: jnp.sum(l1 * size) + 0.5 * jnp.sum(l2 * x**2)
         )

@@ -10,7 +10,15 @@ from .._tree import stop_gradient
 from ._base import AbstractLeafwise, LeafPiece, Settings, no_value, on_mask, setting
 
 
-class Box(AbstractLeafwise):
+class _AbstractSet(AbstractLeafwise):
+    """A term that is zero where x may be."""
+
+    def of_leaf(self, x: Array, at: Settings) -> Scalar:
+        del at
+        return no_value(x)
+
+
+class Box(_AbstractSet):
     """`lower <= x <= upper`, entry by entry.
 
     **Arguments:**
@@ -33,10 +41,6 @@ class Box(AbstractLeafwise):
 
     lower: PyTree = setting(-jnp.inf)
     upper: PyTree = setting(jnp.inf)
-
-    def of_leaf(self, x: Array, at: Settings) -> Scalar:
-        del at
-        return no_value(x)
 
     def step_of_leaf(self, z: Array, step: Scalar, at: Settings) -> Array:
         del step
@@ -75,7 +79,7 @@ class NonNegative(Box):
         super().__init__(0.0, jnp.inf)
 
 
-class Simplex(AbstractLeafwise):
+class Simplex(_AbstractSet):
     """`x >= 0` with `sum(x) = total`, of each leaf.
 
     **Arguments:** `total`: a positive number, or a function of theta that returns one.
@@ -96,10 +100,6 @@ class Simplex(AbstractLeafwise):
 
     total: PyTree = setting(1.0)
 
-    def of_leaf(self, x: Array, at: Settings) -> Scalar:
-        del at
-        return no_value(x)
-
     def step_of_leaf(self, z: Array, step: Scalar, at: Settings) -> Array:
         del step
         (total,) = at
@@ -113,7 +113,7 @@ class Simplex(AbstractLeafwise):
         return _on_sum(is_free, jnp.ones_like(z), jnp.min(jnp.abs(z - _level(z, x, is_free))))
 
 
-class L1Ball(AbstractLeafwise):
+class L1Ball(_AbstractSet):
     """`||x||_1 <= radius`, of each leaf.
 
     **Arguments:** `radius`: a positive number, or a function of theta that returns one.
@@ -133,10 +133,6 @@ class L1Ball(AbstractLeafwise):
 
     radius: PyTree = setting(1.0)
 
-    def of_leaf(self, x: Array, at: Settings) -> Scalar:
-        del at
-        return no_value(x)
-
     def step_of_leaf(self, z: Array, step: Scalar, at: Settings) -> Array:
         del step
         (radius,) = at
@@ -154,7 +150,7 @@ class L1Ball(AbstractLeafwise):
         return _unless(is_inside, _on_sum(x > 0, signs, jnp.minimum(level, gap)), gap, z.size)
 
 
-class L2Ball(AbstractLeafwise):
+class L2Ball(_AbstractSet):
     """`||x|| <= radius`, of each leaf.
 
     **Arguments:** `radius`: a positive number, or a function of theta that returns one.
@@ -171,10 +167,6 @@ class L2Ball(AbstractLeafwise):
     settings: ClassVar[tuple[str, ...]] = ("radius",)
 
     radius: PyTree = setting(1.0)
-
-    def of_leaf(self, x: Array, at: Settings) -> Scalar:
-        del at
-        return no_value(x)
 
     def step_of_leaf(self, z: Array, step: Scalar, at: Settings) -> Array:
         del step
