@@ -99,7 +99,7 @@ def candidates(case: problems.Case) -> dict[str, Any]:
         jacobi = bx.Implicit(bx.linear.CG(rtol=1e-4), preconditioner=bx.precondition.Jacobi())
         rules["Implicit(CG(1e-3))"] = bx.Implicit(bx.linear.CG(rtol=1e-3))
         rules["Implicit(CG, Jacobi)"] = jacobi
-        rules["Polished()"] = bx.Implicit(bx.linear.CG(rtol=1e-2), polish=True)
+        rules["Polished()"] = bx.Polished(bx.linear.CG(rtol=1e-2))
     else:
         rules["Implicit(GMRES(1e-3))"] = bx.Implicit(bx.linear.GMRES(rtol=1e-3))
     if case.size <= 500:
