@@ -10,6 +10,7 @@ from typing import Any
 import bilevax
 import bilevax.linear
 import bilevax.precondition
+import bilevax.prox
 import bilevax.records
 import bilevax.testing
 
@@ -18,6 +19,7 @@ MODULES = {
     "": bilevax,
     "linear.": bilevax.linear,
     "precondition.": bilevax.precondition,
+    "prox.": bilevax.prox,
     "records.": bilevax.records,
     "testing.": bilevax.testing,
 }

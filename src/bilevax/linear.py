@@ -6,6 +6,7 @@ Any solver of Lineax will do; these are ours.
 from ._linear import (
     CG,
     GMRES,
+    LU,
     MINRES,
     Chebyshev,
     Direct,
@@ -17,6 +18,7 @@ from ._linear import (
 __all__ = [
     "CG",
     "GMRES",
+    "LU",
     "MINRES",
     "Chebyshev",
     "Direct",

@@ -197,9 +197,9 @@ def measure(
     finite = jnp.isfinite(residual) & tree_all_finite(x)
     result = RESULTS.where(finite, result, RESULTS.nonfinite)
     result = flag_kink(condition, x, x0, theta, scale, result)
-    verdict = condition.verdict(x, theta, residual, tolerance)
-    is_judged = (result == RESULTS.successful) | (result == RESULTS.inner_not_converged)
-    is_judged &= verdict != RESULTS.successful
+    # At a kink a variable may be zero up to rounding, and small by no measure of its own.
+    verdict = condition.verdict(x, theta, residual, jnp.maximum(tolerance, floor))
+    is_judged = finite & (verdict != RESULTS.successful) & (result != RESULTS.not_smooth)
     result = RESULTS.where(is_judged, verdict, result)
     return InnerSolution(
         x=x,

@@ -1,5 +1,6 @@
 """A primal-dual interior point method: for minima under constraints, of moderate size."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -10,18 +11,22 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._checks import check_count, check_tolerance
+from .._linear._in_turn import in_turn
 from .._problem import AbstractCondition
-from .._tree import default_rtol, tree_norm, tree_where
+from .._problem._fixed import once_if_fixed
+from .._tree import default_rtol, largest_entry, tree_dtype, tree_norm, tree_where
 from ._base import AbstractInnerSolver, Counts, InnerSolution, measure
 
 # Of the way to the boundary, what a step may take.
-_FRACTION = 0.99
+_FRACTION = 0.995
 # Newton steps on the active constraints, after the last step from inside.
 _POLISHES = 3
 # Of the accuracy asked for, before these.
-_ENOUGH = 1e-2
+_ENOUGH = 1e-1
 # Multipliers beyond this belong to constraints that contradict each other.
 _LARGEST = 1e12
+# Of the largest entry of a matrix that is not definite.
+_FIRST_SHIFT = 1e-4
 
 
 class InteriorPoint(AbstractInnerSolver):
@@ -98,9 +103,7 @@ class InteriorPoint(AbstractInnerSolver):
         enough = _ENOUGH * jnp.asarray(rtol, flat.dtype)
         last = jax.lax.while_loop(is_running, lambda s: program.step(s, enough), first)
         found = back(jnp.concatenate([last.x, last.nu, last.mu]))
-        residual = tree_norm(at.residual(found, theta))
-        for _ in range(_POLISHES):
-            found, residual = _polished(at, theta, found, residual)
+        found = program.without_rounding(_polished(at, theta, found))
         count = last.num_steps
         counts = Counts(gradients=count, hessian=count * last.x.size)
         solution = measure(condition, found, x0, theta, rtol, self.atol, count, counts)
@@ -121,7 +124,11 @@ class _Program:
 
     def __init__(self, condition: Any, theta: PyTree, x0: PyTree) -> None:
         self.condition, self.theta = condition, theta
-        self.back = ravel_pytree(x0.x)[1]
+        x, self.back = ravel_pytree(x0.x)
+        nu, mu = (ravel_pytree(part)[0].astype(x.dtype) for part in x0[1:])
+        # Of a quadratic program they are the same at every step.
+        self.hessian = once_if_fixed(jax.jacfwd(self.gradient), x, nu, mu)
+        self.derivatives = once_if_fixed(jax.jacfwd(self.constraints), x)
 
     def objective(self, x: Array) -> Scalar:
         return self.condition(self.back(x), self.theta)
@@ -132,6 +139,14 @@ class _Program:
     def inequalities(self, x: Array) -> Array:
         return self.condition.constraints(self.back(x), self.theta)[1].astype(x.dtype)
 
+    def constraints(self, x: Array) -> tuple[Array, Array]:
+        return self.equations(x), self.inequalities(x)
+
+    def gradient(self, x: Array, nu: Array, mu: Array) -> Array:
+        """Of the Lagrange function."""
+        _, pull = jax.vjp(self.constraints, x)
+        return jax.grad(self.objective)(x) + pull((nu, mu))[0]
+
     def start(self, x0: PyTree) -> _Iterate:
         x, nu, mu = (ravel_pytree(part)[0] for part in (x0.x, x0.equality, x0.inequality))
         nu, mu = nu.astype(x.dtype), mu.astype(x.dtype)
@@ -139,35 +154,34 @@ class _Program:
         zero = jnp.zeros((), jnp.int32)
         return _Iterate(x, nu, jnp.maximum(mu, 1), s, zero, jnp.array(False))
 
+    def without_rounding(self, found: PyTree) -> PyTree:
+        """Multipliers that are zero up to rounding are zero, as those of inactive constraints."""
+        x = ravel_pytree(found.x)[0]
+        along, bent = jax.jvp(jax.grad(self.objective), (x,), (x,))
+        rows = largest_entry(self.derivatives(x)[1])
+        size = jnp.maximum(jnp.linalg.norm(along), jnp.linalg.norm(bent))
+        least = 100 * float(jnp.finfo(x.dtype).eps) * size / jnp.where(rows > 0, rows, 1)
+        kept = jtu.tree_map(lambda m: jnp.where(m > least, m, 0), found.inequality)
+        return found._replace(inequality=kept)
+
     def step(self, at: _Iterate, enough: Scalar) -> _Iterate:
         x, nu, mu, s = at[:4]
         eps = 10 * float(jnp.finfo(x.dtype).eps)
         num = max(s.size, 1)
 
-        def gradient(x: Array) -> Array:
-            along = jax.grad(self.objective)(x)
-            _, pull = jax.vjp(lambda x: (self.equations(x), self.inequalities(x)), x)
-            return along + pull((nu, mu))[0]
-
-        dual, hessian = gradient(x), jax.jacfwd(gradient)(x)
-        C, G = jax.jacfwd(self.equations)(x), jax.jacfwd(self.inequalities)(x)
+        dual, hessian = self.gradient(x, nu, mu), self.hessian(x, nu, mu)
+        C, G = self.derivatives(x)
         equal, primal = self.equations(x), self.inequalities(x) + s
         matrix = hessian + G.T @ ((mu / s)[:, None] * G)
         # No row without a pivot: of the dependent, and of directions that nothing bends.
         small = eps * jnp.maximum(jnp.max(jnp.abs(matrix), initial=0), 1)
-        block = jnp.block(
-            [
-                [matrix + small * jnp.eye(x.size, dtype=x.dtype), C.T],
-                [C, -eps * jnp.eye(nu.size, dtype=x.dtype)],
-            ]
-        )
-        factors = jax.scipy.linalg.lu_factor(block)
+        solve = _solver(matrix + small * jnp.eye(x.size, dtype=x.dtype), C, eps)
 
         def direction(products: Array) -> tuple[Array, ...]:
             """Towards `mu s = products`."""
             ahead = mu * s - products
             right = jnp.concatenate([dual + G.T @ ((mu * primal - ahead) / s), equal])
-            both = jax.scipy.linalg.lu_solve(factors, -right)
+            both = solve(-right)
             dx, dnu = both[: x.size], both[x.size :]
             ds = -primal - G @ dx
             return dx, dnu, -(ahead + mu * ds) / s, ds
@@ -183,10 +197,49 @@ class _Program:
         is_finite = jnp.all(jnp.isfinite(jnp.concatenate(new)))
         size = jnp.linalg.norm(jnp.concatenate([hessian @ x, G.T @ mu, C.T @ nu])) + 1
         left = jnp.linalg.norm(jnp.concatenate([dual, equal, primal]))
-        is_done = (left <= enough * size) & (gap <= enough * size)
+        # Which of a multiplier and its slack is zero has to be seen, not only that one is small.
+        both = jnp.linalg.norm(jnp.minimum(mu, s))
+        is_done = (left <= enough * size) & (both <= enough * size)
         is_finite &= jnp.max(new[2], initial=0) < _LARGEST
         x, nu, mu, s = tree_where(is_finite & ~is_done, tuple(new), (x, nu, mu, s))
         return _Iterate(x, nu, mu, s, at.num_steps + 1, is_done | ~is_finite)
+
+
+def _solver(matrix: Array, C: Array, eps: float) -> Callable[[Array], Array]:
+    """Solves with `[[matrix, C'], [C, -eps]]`.
+
+    Without equations `matrix` is made positive definite where it is not, so that every step leads
+    downhill; with them only its part along them would have to be.
+    """
+    if C.shape[0] == 0:
+        factor = in_turn(_definite, len(matrix))(matrix)
+        return lambda b: jax.scipy.linalg.cho_solve((factor, True), b)
+    corner = -eps * jnp.eye(C.shape[0], dtype=C.dtype)
+    block = jnp.block([[matrix, C.T], [C, corner]])
+    factors = in_turn(_lu, len(block))(block)
+    return lambda b: jax.scipy.linalg.lu_solve(factors, b)
+
+
+def _lu(matrix: Array) -> tuple[Array, Array]:
+    return jax.scipy.linalg.lu_factor(matrix)
+
+
+def _definite(matrix: Array) -> Array:
+    """The Cholesky factor of the matrix plus the first shift that makes it definite."""
+    largest = jnp.max(jnp.abs(matrix))
+
+    def factor(matrix: Array) -> Array:
+        return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+
+    def step(carry: tuple[Scalar, Array]) -> tuple[Scalar, Array]:
+        shift = jnp.where(carry[0] > 0, 10 * carry[0], _FIRST_SHIFT * largest)
+        return shift, factor(matrix + shift * jnp.eye(len(matrix), dtype=matrix.dtype))
+
+    def is_running(carry: tuple[Scalar, Array]) -> Bool[Array, ""]:
+        return jnp.isnan(carry[1][-1, -1]) & (carry[0] < 10 * len(matrix) * largest)
+
+    zero = jnp.zeros((), matrix.dtype)
+    return jax.lax.while_loop(is_running, step, (zero, factor(matrix)))[1]
 
 
 def _longest(values: tuple[Array, ...], moves: tuple[Array, ...]) -> Scalar:
@@ -196,9 +249,22 @@ def _longest(values: tuple[Array, ...], moves: tuple[Array, ...]) -> Scalar:
     return jnp.minimum(1, _FRACTION * jnp.min(ratios, initial=jnp.inf))
 
 
-def _polished(condition: Any, theta: PyTree, x: PyTree, residual: Scalar) -> tuple[PyTree, Scalar]:
-    """X after Newton's method on what is active, if that makes the residual smaller."""
-    new = jtu.tree_map(jnp.add, x, condition.newton_step(x, theta))
-    size = tree_norm(condition.residual(new, theta))
-    is_better = size < residual
-    return tree_where(is_better, new, x), jnp.where(is_better, size, residual)
+def _polished(condition: Any, theta: PyTree, x: PyTree) -> PyTree:
+    """X after Newton's method on what is active, while that makes the residual smaller."""
+
+    def is_running(carry: tuple[PyTree, Scalar, Scalar, Array]) -> Bool[Array, ""]:
+        _, size, before, count = carry
+        is_open = (count == 0) | ~(size <= rounding)  # the first makes multipliers exactly zero
+        return (count < _POLISHES) & (size < before) & is_open
+
+    def step(carry: tuple[PyTree, Scalar, Scalar, Array]) -> tuple:
+        x, size, _, count = carry
+        new = jtu.tree_map(jnp.add, x, condition.newton_step(x, theta))
+        left = tree_norm(condition.residual(new, theta))
+        is_better = left < size
+        return tree_where(is_better, new, x), jnp.where(is_better, left, size), size, count + 1
+
+    rounding = 100 * float(jnp.finfo(tree_dtype(x)).eps) * (1 + tree_norm(x))
+    first = tree_norm(condition.residual(x, theta))
+    start = (x, first, jnp.full_like(first, jnp.inf), jnp.zeros((), jnp.int32))
+    return jax.lax.while_loop(is_running, step, start)[0]

@@ -11,6 +11,7 @@ from ._chebyshev import Chebyshev as Chebyshev
 from ._direct import Direct as Direct
 from ._gmres import GMRES as GMRES
 from ._gradient_descent import GradientDescent as GradientDescent
+from ._lu import LU as LU
 from ._minres import MINRES as MINRES
 from ._neumann import Neumann as Neumann
 from ._recycled import Recycled as Recycled

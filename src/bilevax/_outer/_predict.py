@@ -10,10 +10,10 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from .._hypergradient._base import Estimate
 from .._hypergradient.implicit._adjoint import with_rtol
-from .._linear import default_linear_solver, solve_linear, verify
+from .._linear import solve_linear, verify
 from .._problem import AbstractCondition
 from .._results import RESULTS
-from .._tree import tree_dot, tree_norm, tree_size, tree_sub, tree_zeros_like
+from .._tree import tree_dot, tree_norm, tree_sub, tree_zeros_like
 from ._fall_back import is_right
 
 _RTOL = 1e-2  # of the tangent: the inner solve corrects the rest
@@ -106,7 +106,7 @@ def _tangent(
 ) -> tuple[PyTree, Bool[Array, ""], Int[Array, ""]]:
     """`D x* step` at `(x, theta)`, whether it was found, and the products it took."""
     if linear_solver is None:
-        linear_solver = default_linear_solver(condition.is_symmetric, tree_size(x))
+        linear_solver = condition.default_linear_solver(x)
     solver = with_rtol(linear_solver, _RTOL)
 
     def solve() -> tuple[PyTree, Array, Array]:

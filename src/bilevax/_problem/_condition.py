@@ -8,12 +8,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
 
 from .._as_written import OneLine
 from .._calls import describe, naming
+from .._linear import default_linear_solver
 from .._results import RESULTS
-from .._tree import stop_gradient, tree_sub
+from .._tree import stop_gradient, tree_size, tree_sub
 from ._linearised import Linearised, of_equation, of_gradient
 
 
@@ -97,6 +99,10 @@ class AbstractCondition(OneLine, eqx.Module):
         """The inner solver, where the user names none; `None` is the library's own choice."""
         del x0
         return None
+
+    def default_linear_solver(self, x: PyTree) -> lx.AbstractLinearSolver:
+        """Of the adjoint system, where the user names none."""
+        return default_linear_solver(self.is_symmetric, tree_size(x))
 
     # More unknowns than the user's x: multipliers, say. All of the library sees the unknown.
 

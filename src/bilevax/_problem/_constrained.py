@@ -9,17 +9,29 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import lineax as lx
 from jaxtyping import Array, Bool, PyTree, Scalar
 
+from .._linear import GMRES, LU
+from .._linear._in_turn import in_turn
+from .._linear._lu import Pivoted, pivoted
 from .._results import RESULTS
-from .._tree import largest_entry, stop_gradient, tree_dot, tree_dtype, tree_norm, tree_size
+from .._tree import stop_gradient, tree_dot, tree_dtype, tree_norm, tree_size
 from ._condition import AbstractCondition, call, check_scalar
 
 # Beyond this many constraints or entries their dependence is not looked for.
 _MOST_DENSE = 2_000
-# Of the largest singular value of the constraints' derivative: dependent are those below.
+# Up to here the adjoint system is factorised, which Krylov methods need as many steps for.
+_DIRECT = 512
+# Of the norm of the scaled KKT matrix: singular values below are of dependent constraints.
 _DEPENDENT = 1e-3
+# Of a unit vector, what may lie outside the multipliers where they alone are free.
+_THEIRS = 1e-3
 _GAUSS_NEWTON_STEPS = 20
+_SMALL = 1e-10
+_STUCK = 1e-3
+# Of the error of x, what the residual says where nothing else does.
+_FAR = 100.0
 
 
 class PrimalDual(NamedTuple):
@@ -96,6 +108,9 @@ class ConstrainedMinimum(AbstractCondition):
                     f"`{name}` must be a function (x, theta) that returns arrays; got "
                     f"{type(value).__name__}."
                 )
+
+    def default_linear_solver(self, x: PyTree) -> lx.AbstractLinearSolver:
+        return LU() if tree_size(x) <= _DIRECT else GMRES()
 
     # ---- the unknown
 
@@ -193,90 +208,97 @@ class ConstrainedMinimum(AbstractCondition):
 
     def verdict(self, x: PyTree, theta: PyTree, residual: Scalar, tolerance: Scalar) -> RESULTS:
         is_solved = residual <= tolerance
-        result = RESULTS.successful
         sums = self._sums(x, theta)
-        if sums is not None:
-            margins = [jnp.min(jnp.abs(s), initial=jnp.inf) for s in jtu.tree_leaves(sums)]
-            margin = jnp.min(jnp.stack(margins))
-            rounding = 100 * float(jnp.finfo(residual.dtype).eps) * tree_norm((x, sums))
-            error = jax.lax.cond(
-                is_solved, lambda: self._error(x, theta, residual), lambda: residual
-            )
-            is_near = is_solved & ~(margin > 2 * error + rounding)
-            result = RESULTS.where(is_near, RESULTS.at_kink, result)
-        flat, back = jax.flatten_util.ravel_pytree(x.x)
+        if max(tree_size(x), 1) > _MOST_DENSE:
+            is_near = is_solved & self._is_near(x, sums, _FAR * residual)
+            return RESULTS.where(is_near, RESULTS.at_kink, RESULTS.successful)
 
-        def values(flat: Array) -> Array:
-            parts = [part.astype(flat.dtype) for part in self.constraints(back(flat), theta)]
-            return jnp.concatenate(parts)
+        # Under `vmap` all that is not a loop is computed for every element, solved or not.
+        step, is_dependent = self._newton(x, theta)
+        is_near = self._is_near(x, sums, tree_norm(step))
+        is_infeasible = self._is_contradictory(x, theta, 10 * tolerance, ~is_solved)
+        found = (is_solved & is_near, is_solved & is_dependent, is_infeasible)
+        result = RESULTS.successful
+        outcomes = (RESULTS.at_kink, RESULTS.dependent_constraints, RESULTS.infeasible)
+        for is_found, outcome in zip(found, outcomes, strict=True):
+            result = RESULTS.where(is_found, outcome, result)
+        return result
 
-        num_equal = tree_size(x.equality)
-        num = num_equal + tree_size(x.inequality)
-        if not 0 < max(num, flat.size) <= _MOST_DENSE:
-            return result
-        is_equality = jnp.arange(num) < num_equal
-        # 1. at a solution: are the active constraints independent?
-        is_active = is_equality
-        if sums is not None:
-            is_active |= jnp.pad(jax.flatten_util.ravel_pytree(sums)[0] > 0, (num_equal, 0))
-        is_dependent = jax.lax.cond(
-            is_solved, lambda: _are_dependent(jax.jacrev(values)(flat), is_active), _no
-        )
-        result = RESULTS.where(is_dependent, RESULTS.dependent_constraints, result)
-        # 2. elsewhere: can they be met at all?
-        is_infeasible = jax.lax.cond(
-            is_solved, _no, lambda: _are_contradictory(values, flat, is_equality, 10 * tolerance)
-        )
-        return RESULTS.where(is_infeasible, RESULTS.infeasible, result)
-
-    def _error(self, x: PrimalDual, theta: PyTree, residual: Scalar) -> Scalar:
-        """Of x and its multipliers, by the length of a Newton step."""
-        if tree_size(x) > _MOST_DENSE:
-            return 100 * residual
-        return tree_norm(self.newton_step(x, theta)).astype(residual.dtype)
+    def _is_near(self, x: PrimalDual, sums: PyTree, error: Scalar) -> Bool[Array, ""]:
+        """Whether an error of x and its multipliers may change what is active."""
+        margins = [jnp.min(jnp.abs(s), initial=jnp.inf) for s in jtu.tree_leaves(sums)]
+        if not margins:
+            return jnp.array(False)
+        rounding = 100 * float(jnp.finfo(tree_dtype(x)).eps) * tree_norm((x, sums))
+        return ~(jnp.min(jnp.stack(margins)) > 2 * error + rounding)
 
     def newton_step(self, x: PrimalDual, theta: PyTree) -> PrimalDual:
         """From x to the solution for the constraints that are active, by a dense solve."""
+        step, _, back = self._factorised(x, theta)
+        return back(step)
+
+    def _newton(self, x: PrimalDual, theta: PyTree) -> tuple[PrimalDual, Bool[Array, ""]]:
+        """The Newton step, and whether the active constraints are dependent."""
+        step, at, back = self._factorised(x, theta)
+        weakest, direction = at.weakest()
+        # A direction of the multipliers alone along which the equations do not change.
+        size = tree_size(x.x)
+        is_theirs = jnp.linalg.norm(direction[:size]) <= _THEIRS
+        limit = _DEPENDENT * float(jnp.finfo(step.dtype).eps) ** 0.25
+        return back(step), ~(weakest > limit) & is_theirs
+
+    def _factorised(self, x: PrimalDual, theta: PyTree) -> tuple[Array, Pivoted, Callable]:
         flat, back = jax.flatten_util.ravel_pytree(x)
         equation = self.equation_at(x, theta)
 
         def value(flat: Array) -> Array:
             return jax.flatten_util.ravel_pytree(equation(back(flat), theta))[0]
 
-        return back(-jnp.linalg.solve(jax.jacfwd(value)(flat), value(flat)))
+        def solve(matrix: Array, b: Array) -> tuple[Array, Pivoted]:
+            at = pivoted(matrix)
+            return -at.solve(b), at
+
+        step, at = in_turn(solve, flat.size)(jax.jacfwd(value)(flat), value(flat))
+        return step, at, back
+
+    def _is_contradictory(
+        self, x: PrimalDual, theta: PyTree, allowed: Scalar, is_asked: Bool[Array, ""]
+    ) -> Bool[Array, ""]:
+        """Whether Gauss and Newton's method ends at a violation that no direction makes smaller."""
+        flat, back = jax.flatten_util.ravel_pytree(x.x)
+
+        def violation(flat: Array) -> Array:
+            equal, less = self.constraints(back(flat), theta)
+            parts = (equal, jnp.maximum(less, 0))
+            return jnp.concatenate([part.astype(flat.dtype) for part in parts])
+
+        def step(s: _Violation) -> _Violation:
+            left, rows = violation(s.x), jax.jacfwd(violation)(s.x)
+            size, along = jnp.linalg.norm(left), rows.T @ left
+            is_stuck = jnp.linalg.norm(along) <= _STUCK * jnp.linalg.norm(rows) * size
+            gram = rows.T @ rows
+            small = _SMALL * jnp.trace(gram) + float(jnp.finfo(gram.dtype).tiny)
+            move = in_turn(_solve_definite, flat.size)(
+                gram + small * jnp.eye(flat.size, dtype=gram.dtype), along
+            )
+            return _Violation(s.x - move, size, is_stuck, s.num_steps + 1)
+
+        zero = jnp.zeros((), jnp.int32)
+        first = _Violation(flat, jnp.zeros_like(allowed), jnp.array(False), zero)
+        is_running = lambda s: is_asked & (s.num_steps < _GAUSS_NEWTON_STEPS)  # noqa: E731
+        last = jax.lax.while_loop(is_running, step, first)
+        return last.is_stuck & (last.size > allowed)
 
 
-def _no() -> Bool[Array, ""]:
-    return jnp.array(False)
+class _Violation(NamedTuple):
+    x: Array
+    size: Scalar
+    is_stuck: Bool[Array, ""]
+    num_steps: Array
 
 
-def _are_dependent(rows: Array, is_active: Array) -> Bool[Array, ""]:
-    """Whether the active rows are; the others are replaced by ones of their own."""
-    scale = jnp.maximum(largest_entry(rows), float(jnp.finfo(rows.dtype).tiny))
-    kept = jnp.where(is_active[:, None], rows, 0)
-    own = jnp.diag(jnp.where(is_active, 0, scale))
-    values = jnp.linalg.svd(jnp.concatenate([kept, own], axis=1), compute_uv=False)
-    return values[-1] <= _DEPENDENT * float(jnp.finfo(rows.dtype).eps) ** 0.25 * values[0]
-
-
-def _are_contradictory(
-    values: Callable[[Array], Array], x: Array, is_equality: Array, allowed: Scalar
-) -> Bool[Array, ""]:
-    """Whether Gauss and Newton's method ends at a violation that no direction makes smaller."""
-
-    def violation(x: Array) -> Array:
-        found = values(x)
-        return jnp.where(is_equality, found, jnp.maximum(found, 0))
-
-    def step(_: Array, x: Array) -> Array:
-        left, rows = violation(x), jax.jacfwd(violation)(x)
-        return x - jnp.linalg.pinv(rows) @ left
-
-    x = jax.lax.fori_loop(0, _GAUSS_NEWTON_STEPS, step, x)
-    left, rows = violation(x), jax.jacfwd(violation)(x)
-    size = jnp.linalg.norm(left)
-    is_stuck = jnp.linalg.norm(rows.T @ left) <= 1e-3 * jnp.linalg.norm(rows) * size
-    return is_stuck & (size > allowed)
+def _solve_definite(matrix: Array, b: Array) -> Array:
+    return jax.scipy.linalg.solve(matrix, b, assume_a="pos")
 
 
 def _x_of(x: PyTree) -> PyTree:

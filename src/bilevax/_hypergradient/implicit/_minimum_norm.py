@@ -17,7 +17,6 @@ from ..._linear import (
     AbstractDirectLinearSolver,
     Direct,
     LinearSolution,
-    default_linear_solver,
     solve_linear,
     verify,
 )
@@ -196,7 +195,7 @@ def _by_tangents(
     """`d_theta L + (D x*)^T d_x L` from the columns of `D x*`: no `v`."""
     size, is_symmetric = tree_size(x), condition.is_symmetric
     dense = size <= DENSE_EVIDENCE
-    iterative = default_linear_solver(is_symmetric, size)
+    iterative = condition.default_linear_solver(x)
     solver = Direct(minimum_norm=True) if dense else iterative
     solve_one = _solver_at(solver, at.at.forward, is_symmetric, end)
 

@@ -83,7 +83,7 @@ class AbstractImplicit(AbstractAtSolution):
     def with_linear_rtol(
         self, rtol: Scalar, condition: AbstractCondition, x: PyTree
     ) -> AbstractHypergradient | None:
-        solver = with_rtol(self._solver(x, condition.is_symmetric), rtol)
+        solver = with_rtol(self._solver(condition, x), rtol)
         return dataclasses.replace(self, linear_solver=solver)
 
     def init(self, query: Query) -> HypergradientState:
@@ -102,7 +102,7 @@ class AbstractImplicit(AbstractAtSolution):
         grad, product = at.hypergradient(adjoint.value)
         damped = self._damped(product, adjoint.value)
         adjoint = verify(adjoint, at.grad_x, damped)
-        solver = self._solver(x, condition.is_symmetric)
+        solver = self._solver(condition, x)
         matvec = self._damped_product(at.at.adjoint)
         if not isinstance(solver, AbstractDirectLinearSolver):
             adjoint = in_own_scale(adjoint, matvec, at.grad_x, damped, x)
@@ -227,7 +227,7 @@ class AbstractImplicit(AbstractAtSolution):
         adjoint = verify(adjoint, b, product)
         if cross is not None:
             adjoint = smallest_norm(adjoint, matvec, cross, b)
-        if isinstance(rule._solver(x, condition.is_symmetric), AbstractDirectLinearSolver):
+        if isinstance(rule._solver(condition, x), AbstractDirectLinearSolver):
             return adjoint
         return in_own_scale(adjoint, damped, b, product, x)
 
@@ -252,7 +252,7 @@ class AbstractImplicit(AbstractAtSolution):
     ) -> tuple[LinearSolution, Callable | None, tuple[PyTree, PyTree]]:
         """The adjoint, the preconditioner of `A`, and what both remember."""
         linear, sketch = memory
-        solver = self._solver(x, condition.is_symmetric)
+        solver = self._solver(condition, x)
         matvec = self._damped_product(at.adjoint)
         apply, extra = None, 0
         if self.preconditioner is not None:
@@ -274,14 +274,13 @@ class AbstractImplicit(AbstractAtSolution):
         adjoint = eqx.tree_at(lambda s: s.num_products, adjoint, adjoint.num_products + extra)
         return adjoint, apply, (linear, sketch)
 
-    def _solver(self, x: PyTree, is_symmetric: bool) -> lx.AbstractLinearSolver:
-        if self.linear_solver is None:
-            return default_linear_solver(is_symmetric, tree_size(x))
-        return self.linear_solver
+    def _solver(self, condition: AbstractCondition, x: PyTree) -> lx.AbstractLinearSolver:
+        own = self.linear_solver
+        return condition.default_linear_solver(x) if own is None else own
 
     def _memory(self, condition: AbstractCondition, x: PyTree) -> tuple[PyTree, PyTree]:
         """What the linear solver and the preconditioner remember before the first solve."""
-        linear = _memory(self._solver(x, condition.is_symmetric), x)
+        linear = _memory(self._solver(condition, x), x)
         return linear, None if self.preconditioner is None else self.preconditioner.init(x)
 
     def _damped(self, product: PyTree, v: PyTree) -> PyTree:
@@ -396,7 +395,9 @@ def _solve_alone(
     rule: AbstractImplicit, system: System, b: PyTree, *, is_symmetric: bool
 ) -> PyTree:
     is_free = rule.is_default and is_symmetric
-    solver = (rule.of_smallest_norm(b) if is_free else rule)._solver(b, is_symmetric)
+    solver = (rule.of_smallest_norm(b) if is_free else rule).linear_solver
+    if solver is None:
+        solver = default_linear_solver(is_symmetric, tree_size(b))
     memory = _memory(solver, b)
     adjoint, _ = resume_linear(solver, system.matvec, b, None, None, memory, is_symmetric)
     adjoint = verify(adjoint, b, system.matvec(adjoint.value))
