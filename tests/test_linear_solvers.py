@@ -9,9 +9,9 @@ import pytest
 from test_linear import definite, outcome, plain_cg, singular_matrix, solve_dense, vector
 
 from bilevax._linear import solve_linear, verify
-from bilevax.linear import CG, GMRES, MINRES, Chebyshev, Direct, GradientDescent
+from bilevax.linear import CG, GMRES, LU, MINRES, Chebyshev, Direct, GradientDescent
 
-SOLVERS = [CG(), MINRES(), Direct(), GMRES(), Chebyshev(), GradientDescent()]
+SOLVERS = [CG(), MINRES(), Direct(), LU(), GMRES(), Chebyshev(), GradientDescent()]
 # The spectrum of definite(20, 10.0).
 FIXED = {
     "CG": lambda k: CG(num_steps=k),

@@ -14,6 +14,7 @@ from ._problem import (
     Minimum as Minimum,
     ConstrainedMinimum as ConstrainedMinimum,
     PrimalDual as PrimalDual,
+    QP as QP,
     ProximalMinimum as ProximalMinimum,
     Root as Root,
 )
@@ -23,6 +24,11 @@ from ._inner._descent import Descent as Descent
 from ._inner._proximal_gradient import ProximalGradient as ProximalGradient
 from ._inner._proximal_newton import ProximalNewton as ProximalNewton
 from ._inner._interior_point import InteriorPoint as InteriorPoint
+from ._inner._quadratic import (
+    OSQP as OSQP,
+    Clarabel as Clarabel,
+    QPax as QPax,
+)
 from ._inner._batches import Minibatches as Minibatches
 from ._inner._optimistix import Optimistix as Optimistix
 from ._inner._external import External as External, Given as Given, Traceable as Traceable

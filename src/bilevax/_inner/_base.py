@@ -188,7 +188,8 @@ def measure(
     def tolerance_of(scale: Scalar) -> Scalar:
         return (0.0 if atol is None else atol) + rtol * scale
 
-    seen = compare(g, product, own_magnitude(x, x0), lambda scale: residual <= tolerance_of(scale))
+    sizes = own_magnitude(condition.magnitude(x), x0)
+    seen = compare(g, product, sizes, lambda scale: residual <= tolerance_of(scale))
     scale, tolerance = seen.scale, tolerance_of(seen.scale)
     # A gradient is a difference of terms of size `scale`: this much of it is rounding.
     floor = ROUNDING * float(jnp.finfo(residual.dtype).eps) * scale
@@ -216,7 +217,8 @@ def residual_and_scale(
 ) -> tuple[Scalar, Scalar]:
     """`||residual||` and the size it is compared with, row by row; see `measure`."""
     residual, product = jax.linearize(lambda x: condition.residual(x, theta), x)
-    return norm(residual), compare(residual, product, own_magnitude(x, x0)).scale
+    sizes = own_magnitude(condition.magnitude(x), x0)
+    return norm(residual), compare(residual, product, sizes).scale
 
 
 def run(

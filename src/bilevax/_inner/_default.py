@@ -11,11 +11,12 @@ from .._tree import default_rtol, tree_size
 from ._base import AbstractInnerSolver
 from ._damped_newton import DampedNewton
 from ._external import Given
-from ._interior_point import InteriorPoint
+from ._interior_point import MOST_VARIABLES, InteriorPoint
 from ._measured import AbstractMeasuredMinimiser
 from ._newton_cg import NewtonCG
 from ._optimistix import Optimistix
 from ._proximal_newton import ProximalNewton
+from ._quadratic import Clarabel
 
 # By then Newton's method has arrived, also at a double root, or wanders; and as many shortened
 # steps, each of which may be halved a few times.
@@ -38,7 +39,7 @@ def _usual(condition: AbstractCondition, x0: PyTree) -> Any:
     if condition.nonsmooth is not None:
         return ProximalNewton()
     if condition.has_inequalities:
-        return InteriorPoint()
+        return InteriorPoint() if tree_size(x0) <= MOST_VARIABLES else Clarabel()
     return NewtonCG() if condition.objective is not None else _for_equation(condition, x0)
 
 

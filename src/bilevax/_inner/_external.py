@@ -38,8 +38,8 @@ class Given(AbstractInnerSolver):
     def solve(
         self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: None
     ) -> tuple[InnerSolution, None]:
-        solution = measure(condition, x0, x0, theta, self.rtol, self.atol, 0, Counts())
-        return solution, None
+        x = condition.refined(x0, theta)
+        return measure(condition, x, x0, theta, self.rtol, self.atol, 0, Counts()), None
 
 
 def wherever(x: PyTree) -> Given:
@@ -71,7 +71,7 @@ class Traceable(AbstractInnerSolver):
     ) -> tuple[InnerSolution, None]:
         x = _named_call(self.fn, _arguments(condition, x0, theta))
         x = eqx.filter(x, eqx.is_inexact_array)
-        x = _as_structure(x, x0)
+        x = condition.refined(_as_structure(x, x0), theta)
         return measure(condition, x, x0, theta, self.rtol, self.atol, 1, Counts()), None
 
 
@@ -139,6 +139,7 @@ class External(AbstractInnerSolver):
             return self.on_host(*eqx.combine(arrays, static))
 
         x = jax.pure_callback(host, jax.eval_shape(lambda: x0), arrays, vmap_method="sequential")
+        x = condition.refined(x, theta)
         return measure(condition, x, x0, theta, self.rtol, self.atol, 1, Counts()), None
 
     def before(

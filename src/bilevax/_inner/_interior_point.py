@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
@@ -14,15 +13,19 @@ from .._checks import check_count, check_tolerance
 from .._linear._in_turn import in_turn
 from .._problem import AbstractCondition
 from .._problem._fixed import once_if_fixed
-from .._tree import default_rtol, largest_entry, tree_dtype, tree_norm, tree_where
+from .._tree import default_rtol, tree_where
 from ._base import AbstractInnerSolver, Counts, InnerSolution, measure
+from ._quadratic import check_inequalities
 
+# Of more, dense matrices are refused.
+MOST_VARIABLES = 2_000
 # Of the way to the boundary, what a step may take.
 _FRACTION = 0.995
-# Newton steps on the active constraints, after the last step from inside.
-_POLISHES = 3
 # Of the accuracy asked for, before these.
-_ENOUGH = 1e-1
+_ENOUGH = 0.1
+# Of the error before, what is progress; and how many steps may make none.
+_SLOWER = 0.9
+_PATIENCE = 10
 # Multipliers beyond this belong to constraints that contradict each other.
 _LARGEST = 1e12
 # Of the largest entry of a matrix that is not definite.
@@ -63,7 +66,7 @@ class InteriorPoint(AbstractInnerSolver):
     rtol: float | Scalar | None = None
     atol: float | Scalar = 0.0
     max_steps: int = 100
-    max_variables: int = 2_000
+    max_variables: int = MOST_VARIABLES
 
     def __check_init__(self) -> None:
         check_tolerance("InteriorPoint", rtol=self.rtol, atol=self.atol)
@@ -74,12 +77,7 @@ class InteriorPoint(AbstractInnerSolver):
 
     def init(self, condition: AbstractCondition, x0: PyTree, theta: PyTree) -> PyTree:
         del x0, theta
-        if not condition.has_inequalities:
-            raise TypeError(
-                "`InteriorPoint` solves a bx.ConstrainedMinimum(..., inequality=...); the inner "
-                f"problem is a {type(condition).__name__} without inequalities. Leave out the "
-                "solver, or use bx.NewtonCG() or bx.LBFGS() for a minimum."
-            )
+        check_inequalities(condition, "InteriorPoint")
 
     def solve(
         self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: PyTree
@@ -90,8 +88,9 @@ class InteriorPoint(AbstractInnerSolver):
         if flat.size > self.max_variables:
             raise ValueError(
                 f"`InteriorPoint` forms dense matrices of {flat.size} variables and multipliers, "
-                f"and max_variables={self.max_variables}: raise it, or give a solver that returns "
-                "a bx.PrimalDual, bx.External(fn) or bx.Traceable(fn)."
+                f"and max_variables={self.max_variables}: raise it, take bx.Clarabel() for "
+                "a quadratic program, or give a solver that returns a bx.PrimalDual, "
+                "bx.External(fn)."
             )
         program = _Program(at, theta, x0)
         rtol = default_rtol(x0) if self.rtol is None else self.rtol
@@ -102,19 +101,25 @@ class InteriorPoint(AbstractInnerSolver):
         first = program.start(x0)
         enough = _ENOUGH * jnp.asarray(rtol, flat.dtype)
         last = jax.lax.while_loop(is_running, lambda s: program.step(s, enough), first)
-        found = back(jnp.concatenate([last.x, last.nu, last.mu]))
-        found = program.without_rounding(_polished(at, theta, found))
+        found = at.refined(back(jnp.concatenate(last.best[:3])), theta)
         count = last.num_steps
-        counts = Counts(gradients=count, hessian=count * last.x.size)
+        counts = Counts(gradients=count, hessian=count * last.best.x.size)
         solution = measure(condition, found, x0, theta, rtol, self.atol, count, counts)
         return solution, None
 
 
-class _Iterate(NamedTuple):
+class _Point(NamedTuple):
     x: Float[Array, " n"]
     nu: Float[Array, " p"]  # of the equations
     mu: Float[Array, " m"]  # of the inequalities
     s: Float[Array, " m"]  # their slacks
+
+
+class _Iterate(NamedTuple):
+    at: _Point
+    best: _Point
+    error: Scalar  # of the best
+    num_late: Int[Array, ""]  # steps since then
     num_steps: Int[Array, ""]
     is_done: Bool[Array, ""]
 
@@ -152,26 +157,30 @@ class _Program:
         nu, mu = nu.astype(x.dtype), mu.astype(x.dtype)
         s = jnp.maximum(-self.inequalities(x), 1)
         zero = jnp.zeros((), jnp.int32)
-        return _Iterate(x, nu, jnp.maximum(mu, 1), s, zero, jnp.array(False))
+        at = _Point(x, nu, jnp.maximum(mu, 1), s)
+        return _Iterate(at, at, jnp.full((), jnp.inf, x.dtype), zero, zero, jnp.array(False))
 
-    def without_rounding(self, found: PyTree) -> PyTree:
-        """Multipliers that are zero up to rounding are zero, as those of inactive constraints."""
-        x = ravel_pytree(found.x)[0]
-        along, bent = jax.jvp(jax.grad(self.objective), (x,), (x,))
-        rows = largest_entry(self.derivatives(x)[1])
-        size = jnp.maximum(jnp.linalg.norm(along), jnp.linalg.norm(bent))
-        least = 100 * float(jnp.finfo(x.dtype).eps) * size / jnp.where(rows > 0, rows, 1)
-        kept = jtu.tree_map(lambda m: jnp.where(m > least, m, 0), found.inequality)
-        return found._replace(inequality=kept)
-
-    def step(self, at: _Iterate, enough: Scalar) -> _Iterate:
-        x, nu, mu, s = at[:4]
+    def step(self, now: _Iterate, enough: Scalar) -> _Iterate:
+        x, nu, mu, s = now.at
         eps = 10 * float(jnp.finfo(x.dtype).eps)
         num = max(s.size, 1)
 
         dual, hessian = self.gradient(x, nu, mu), self.hessian(x, nu, mu)
         C, G = self.derivatives(x)
         equal, primal = self.equations(x), self.inequalities(x) + s
+        # 1. how far away is this one?
+        terms = jnp.concatenate([hessian @ x, G.T @ mu, C.T @ nu, dual - G.T @ mu - C.T @ nu])
+        sizes = jnp.concatenate([C @ x, G @ x, s])
+        unit = _norm(terms) / _or_one(jnp.max(jnp.abs(G), initial=0))
+        error = _norm(dual) / _or_one(_norm(terms))
+        error += _norm(jnp.concatenate([equal, primal])) / _or_one(_norm(sizes))
+        # Which of a multiplier and its slack is zero has to be seen, not only that one is small.
+        of_mu = mu / _or_one(jnp.maximum(jnp.max(mu, initial=0), unit))
+        error += _norm(jnp.minimum(of_mu, s / _or_one(_norm(sizes))))
+        is_better = error < now.error
+        num_late = jnp.where(error < _SLOWER * now.error, 0, now.num_late + 1)
+        best = tree_where(is_better, now.at, now.best)
+        # 2. the step
         matrix = hessian + G.T @ ((mu / s)[:, None] * G)
         # No row without a pivot: of the dependent, and of directions that nothing bends.
         small = eps * jnp.maximum(jnp.max(jnp.abs(matrix), initial=0), 1)
@@ -190,19 +199,24 @@ class _Program:
         _, _, dmu, ds = direction(jnp.zeros_like(s))
         length = _longest((mu, s), (dmu, ds))
         ahead = jnp.sum((mu + length * dmu) * (s + length * ds)) / num
-        centre = (ahead / jnp.where(gap > 0, gap, 1)) ** 3 * gap
-        moves = direction(centre - dmu * ds)
+        centre = (ahead / _or_one(gap)) ** 3 * gap
+        # No more of the correction than of the step it was made for: else the iterates may cycle.
+        moves = direction(centre - jnp.where(length < 0.1, 0, 1) * dmu * ds)
         length = _longest((mu, s), moves[2:])
-        new = [a + length * d for a, d in zip((x, nu, mu, s), moves, strict=True)]
-        is_finite = jnp.all(jnp.isfinite(jnp.concatenate(new)))
-        size = jnp.linalg.norm(jnp.concatenate([hessian @ x, G.T @ mu, C.T @ nu])) + 1
-        left = jnp.linalg.norm(jnp.concatenate([dual, equal, primal]))
-        # Which of a multiplier and its slack is zero has to be seen, not only that one is small.
-        both = jnp.linalg.norm(jnp.minimum(mu, s))
-        is_done = (left <= enough * size) & (both <= enough * size)
-        is_finite &= jnp.max(new[2], initial=0) < _LARGEST
-        x, nu, mu, s = tree_where(is_finite & ~is_done, tuple(new), (x, nu, mu, s))
-        return _Iterate(x, nu, mu, s, at.num_steps + 1, is_done | ~is_finite)
+        new = _Point(*(a + length * d for a, d in zip(now.at, moves, strict=True)))
+        is_usable = jnp.all(jnp.isfinite(jnp.concatenate(new)))
+        is_usable &= jnp.max(new.mu, initial=0) < _LARGEST
+        is_done = (error <= enough) | (num_late >= _PATIENCE) | ~is_usable
+        error = jnp.minimum(error, now.error)
+        return _Iterate(new, best, error, num_late, now.num_steps + 1, is_done)
+
+
+def _norm(a: Array) -> Scalar:
+    return jnp.sqrt(jnp.sum(a**2))
+
+
+def _or_one(a: Scalar) -> Scalar:
+    return jnp.where(a > 0, a, 1)
 
 
 def _solver(matrix: Array, C: Array, eps: float) -> Callable[[Array], Array]:
@@ -247,24 +261,3 @@ def _longest(values: tuple[Array, ...], moves: tuple[Array, ...]) -> Scalar:
     value, move = jnp.concatenate(values), jnp.concatenate(moves)
     ratios = jnp.where(move < 0, -value / jnp.where(move < 0, move, -1), jnp.inf)
     return jnp.minimum(1, _FRACTION * jnp.min(ratios, initial=jnp.inf))
-
-
-def _polished(condition: Any, theta: PyTree, x: PyTree) -> PyTree:
-    """X after Newton's method on what is active, while that makes the residual smaller."""
-
-    def is_running(carry: tuple[PyTree, Scalar, Scalar, Array]) -> Bool[Array, ""]:
-        _, size, before, count = carry
-        is_open = (count == 0) | ~(size <= rounding)  # the first makes multipliers exactly zero
-        return (count < _POLISHES) & (size < before) & is_open
-
-    def step(carry: tuple[PyTree, Scalar, Scalar, Array]) -> tuple:
-        x, size, _, count = carry
-        new = jtu.tree_map(jnp.add, x, condition.newton_step(x, theta))
-        left = tree_norm(condition.residual(new, theta))
-        is_better = left < size
-        return tree_where(is_better, new, x), jnp.where(is_better, left, size), size, count + 1
-
-    rounding = 100 * float(jnp.finfo(tree_dtype(x)).eps) * (1 + tree_norm(x))
-    first = tree_norm(condition.residual(x, theta))
-    start = (x, first, jnp.full_like(first, jnp.inf), jnp.zeros((), jnp.int32))
-    return jax.lax.while_loop(is_running, step, start)[0]

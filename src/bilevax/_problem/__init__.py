@@ -23,3 +23,4 @@ from ._door import (
 )
 from ._linearised import Linearised as Linearised
 from ._proximal import ProximalMinimum as ProximalMinimum
+from ._quadratic_program import QP as QP

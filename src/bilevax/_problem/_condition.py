@@ -115,6 +115,15 @@ class AbstractCondition(OneLine, eqx.Module):
         """The user's x in it: what the outer objective sees, and what `argmin` returns."""
         return unknown
 
+    def refined(self, unknown: PyTree, theta: PyTree) -> PyTree:
+        """An unknown from elsewhere, made more exact where the condition knows how."""
+        del theta
+        return unknown
+
+    def magnitude(self, unknown: PyTree) -> PyTree:
+        """The sizes with which errors of the unknown are compared: its own, entry by entry."""
+        return unknown
+
     def map_functions(self, wrap: Callable[[Callable], Callable]) -> "AbstractCondition":
         """The condition with other functions: `wrap` of each that is called like `fn`."""
         return eqx.tree_at(lambda c: c.fn, self, wrap(self.fn))

@@ -16,18 +16,27 @@ from .._linear import GMRES, LU
 from .._linear._in_turn import in_turn
 from .._linear._lu import Pivoted, pivoted
 from .._results import RESULTS
-from .._tree import stop_gradient, tree_dot, tree_dtype, tree_norm, tree_size
+from .._tree import (
+    largest_entry,
+    stop_gradient,
+    tree_dot,
+    tree_dtype,
+    tree_norm,
+    tree_size,
+    tree_where,
+)
 from ._condition import AbstractCondition, call, check_scalar
 
 # Beyond this many constraints or entries their dependence is not looked for.
 _MOST_DENSE = 2_000
 # Up to here the adjoint system is factorised, which Krylov methods need as many steps for.
-_DIRECT = 512
+_DIRECT = _MOST_DENSE
 # Of the norm of the scaled KKT matrix: singular values below are of dependent constraints.
 _DEPENDENT = 1e-3
 # Of a unit vector, what may lie outside the multipliers where they alone are free.
 _THEIRS = 1e-3
 _GAUSS_NEWTON_STEPS = 20
+_REFINEMENTS = 3
 _SMALL = 1e-10
 _STUCK = 1e-3
 # Of the error of x, what the residual says where nothing else does.
@@ -130,6 +139,52 @@ class ConstrainedMinimum(AbstractCondition):
     def primal(self, unknown: PyTree) -> PyTree:
         is_pair = isinstance(unknown, PrimalDual) and not self.with_multipliers
         return unknown.x if is_pair else unknown
+
+    def refined(self, unknown: PrimalDual, theta: PyTree) -> PrimalDual:
+        """After Newton's method on what is active, while that makes the residual smaller.
+
+        An interior point leaves 1e-10 of what is zero: the bounds that hold and the multipliers
+        of the constraints that do not.
+        """
+        if not 0 < tree_size(unknown) <= _MOST_DENSE:
+            return unknown
+        rounding = 100 * float(jnp.finfo(tree_dtype(unknown)).eps) * (1 + tree_norm(unknown))
+
+        def is_running(s: _Refined) -> Bool[Array, ""]:
+            is_open = (s.num_steps == 0) | ~(s.residual <= rounding)  # the first is exact zeros'
+            return (s.num_steps < _REFINEMENTS) & (s.residual < s.before) & is_open
+
+        def step(s: _Refined) -> _Refined:
+            new = jtu.tree_map(jnp.add, s.unknown, self.newton_step(s.unknown, theta))
+            left = tree_norm(self.residual(new, theta))
+            is_better = left < s.residual
+            chosen = tree_where(is_better, new, s.unknown)
+            left = jnp.where(is_better, left, s.residual)
+            return _Refined(chosen, left, s.residual, s.num_steps + 1)
+
+        first = tree_norm(self.residual(unknown, theta))
+        start = _Refined(unknown, first, jnp.full_like(first, jnp.inf), jnp.zeros((), jnp.int32))
+        last = jax.lax.while_loop(is_running, step, start)
+        return self._without_rounding(last.unknown, theta)
+
+    def _without_rounding(self, unknown: PrimalDual, theta: PyTree) -> PrimalDual:
+        """Multipliers that are zero up to rounding are zero, as those of inactive constraints."""
+        if self.inequality is None:
+            return unknown
+        flat, back = jax.flatten_util.ravel_pytree(unknown.x)
+        gradient = jax.grad(lambda x: self(back(x), theta))
+        along, bent = jax.jvp(gradient, (flat,), (flat,))
+        rows = largest_entry(jax.jacfwd(lambda x: self.constraints(back(x), theta)[1])(flat))
+        size = jnp.maximum(jnp.linalg.norm(along), jnp.linalg.norm(bent))
+        least = 100 * float(jnp.finfo(flat.dtype).eps) * size / jnp.where(rows > 0, rows, 1)
+        kept = jtu.tree_map(lambda m: jnp.where(m > least, m, 0), unknown.inequality)
+        return unknown._replace(inequality=kept)
+
+    def magnitude(self, unknown: PrimalDual) -> PrimalDual:
+        # What a solver leaves of a multiplier that is zero is small beside the others.
+        largest = largest_entry(unknown.inequality)
+        others = jtu.tree_map(lambda m: jnp.maximum(jnp.abs(m), largest), unknown.inequality)
+        return unknown._replace(inequality=others)
 
     def map_functions(self, wrap: Callable[[Callable], Callable]) -> "ConstrainedMinimum":
         def wrapped(fn: Callable | None) -> Callable | None:
@@ -288,6 +343,13 @@ class ConstrainedMinimum(AbstractCondition):
         is_running = lambda s: is_asked & (s.num_steps < _GAUSS_NEWTON_STEPS)  # noqa: E731
         last = jax.lax.while_loop(is_running, step, first)
         return last.is_stuck & (last.size > allowed)
+
+
+class _Refined(NamedTuple):
+    unknown: PrimalDual
+    residual: Scalar
+    before: Scalar
+    num_steps: Array
 
 
 class _Violation(NamedTuple):
