@@ -50,4 +50,7 @@ html_theme_options = {
     "navbar_end": ["theme-switcher"],
 }
 html_sidebars = {"index": [], "api": [], "faq": [], "choosing": [], "changelog": []}
+html_sidebars["leaving-jaxopt"] = []
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["pairs.css"]
