@@ -13,7 +13,6 @@ the function; Braess, "Über ein Paradoxon aus der Verkehrsplanung", 1968.
 """
 
 import itertools
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -167,9 +166,7 @@ random = np.random.default_rng(1)
 starts = [jnp.asarray(random.uniform(-4, 2, len(roads))) for _ in range(40)]
 runs = {}
 for name, problem in (("on the bridges", only_bridges), ("on every road", everywhere)):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of evaluations at a kink, counted below
-        every = [bx.solve(problem, x0, theta, method, num_steps=80) for theta in starts]
+    every = [bx.solve(problem, x0, theta, method, num_steps=80) for theta in starts]
     runs[name] = sorted(every, key=lambda solution: float(solution.value))
 
 print("hours lost by all in an hour")

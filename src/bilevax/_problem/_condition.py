@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -27,8 +27,14 @@ class AbstractCondition(OneLine, eqx.Module):
     """
 
     fn: eqx.AbstractVar[Callable]
-    data: eqx.AbstractVar[PyTree]
-    is_symmetric: eqx.AbstractClassVar[bool]  # of the derivative in x of what is linearised
+    if TYPE_CHECKING:
+        # They take an abstract variable for an argument, which would be the second.
+        @property
+        def data(self) -> PyTree: ...
+    else:
+        data: eqx.AbstractVar[PyTree]
+    # Of the derivative in x of what is linearised. A `ClassVar` or a property of each condition.
+    is_symmetric: ClassVar[bool] = False
 
     @abc.abstractmethod
     def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
