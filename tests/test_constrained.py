@@ -241,3 +241,24 @@ def test_what_is_no_constraint_is_refused():
         theta = {"pull": jnp.array([1.5, 1.2]), "side": jnp.array(1.0)}
         solver = bx.InteriorPoint(max_variables=3)
         bx.argmin(TRIANGLE, solver)(jnp.zeros(2), theta)
+
+
+def test_a_saddle_along_the_constraints_is_flagged():
+    """And what is bent down elsewhere only is not."""
+
+    def saddle(x, t):
+        return 0.5 * x[0] ** 2 - 0.5 * t["bend"] * x[1] ** 2 - jnp.sum(x)
+
+    on_line = bx.ConstrainedMinimum(saddle, equality=lambda x, t: jnp.sum(x) - 1)
+    in_view = bx.ConstrainedMinimum(
+        saddle, equality=lambda x, t: jnp.sum(x) - 1, inequality=lambda x, t: x[:1] - 100
+    )
+    for condition in (on_line, in_view):
+        problem = bx.Bilevel(condition, lambda x, t: jnp.sum(x**2))
+        names = [
+            bx.hypergradient(problem, jnp.zeros(2), {"bend": jnp.array(b)}, throw=False)[
+                0
+            ].result.name
+            for b in (2.0, 0.2)
+        ]
+        assert names == ["negative_curvature", "successful"]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._linear import GMRES, LU
 from .._linear._in_turn import in_turn
-from .._linear._lu import Pivoted, pivoted
+from .._linear._lu import pivoted
 from .._results import RESULTS
 from .._tree import (
     largest_entry,
@@ -269,13 +269,14 @@ class ConstrainedMinimum(AbstractCondition):
             return RESULTS.where(is_near, RESULTS.at_kink, RESULTS.successful)
 
         # Under `vmap` all that is not a loop is computed for every element, solved or not.
-        step, is_dependent = self._newton(x, theta)
+        step, is_dependent, is_saddle = self._newton(x, theta)
         is_near = self._is_near(x, sums, tree_norm(step))
         is_infeasible = self._is_contradictory(x, theta, 10 * tolerance, ~is_solved)
-        found = (is_solved & is_near, is_solved & is_dependent, is_infeasible)
+        found = (*(is_solved & a for a in (is_near, is_dependent, is_saddle)), is_infeasible)
         result = RESULTS.successful
-        outcomes = (RESULTS.at_kink, RESULTS.dependent_constraints, RESULTS.infeasible)
-        for is_found, outcome in zip(found, outcomes, strict=True):
+        outcomes = ("at_kink", "dependent_constraints", "negative_curvature", "infeasible")
+        for is_found, name in zip(found, outcomes, strict=True):
+            outcome = getattr(RESULTS, name)
             result = RESULTS.where(is_found, outcome, result)
         return result
 
@@ -289,32 +290,33 @@ class ConstrainedMinimum(AbstractCondition):
 
     def newton_step(self, x: PrimalDual, theta: PyTree) -> PrimalDual:
         """From x to the solution for the constraints that are active, by a dense solve."""
-        step, _, back = self._factorised(x, theta)
-        return back(step)
+        matrix, value, back = self._kkt(x, theta)
+        return back(in_turn(lambda a, b: -pivoted(a).solve(b), len(value))(matrix, value))
 
-    def _newton(self, x: PrimalDual, theta: PyTree) -> tuple[PrimalDual, Bool[Array, ""]]:
-        """The Newton step, and whether the active constraints are dependent."""
-        step, at, back = self._factorised(x, theta)
-        weakest, direction = at.weakest()
-        # A direction of the multipliers alone along which the equations do not change.
+    def _newton(self, x: PrimalDual, theta: PyTree) -> tuple[PrimalDual, Array, Array]:
+        """The Newton step; whether active constraints are dependent; whether x is no minimum."""
+        matrix, value, back = self._kkt(x, theta)
         size = tree_size(x.x)
+
+        def look(matrix: Array, value: Array) -> tuple[Array, Scalar, Array, Array]:
+            at = pivoted(matrix)
+            return -at.solve(value), *at.weakest(), _is_bent_down(matrix, size)
+
+        step, weakest, direction, is_saddle = in_turn(look, len(value))(matrix, value)
+        # A direction of the multipliers alone along which the equations do not change.
         is_theirs = jnp.linalg.norm(direction[:size]) <= _THEIRS
         limit = _DEPENDENT * float(jnp.finfo(step.dtype).eps) ** 0.25
-        return back(step), ~(weakest > limit) & is_theirs
+        return back(step), ~(weakest > limit) & is_theirs, is_saddle
 
-    def _factorised(self, x: PrimalDual, theta: PyTree) -> tuple[Array, Pivoted, Callable]:
+    def _kkt(self, x: PrimalDual, theta: PyTree) -> tuple[Array, Array, Callable]:
+        """The derivative of the equations of the active constraints, dense, and their value."""
         flat, back = jax.flatten_util.ravel_pytree(x)
         equation = self.equation_at(x, theta)
 
         def value(flat: Array) -> Array:
             return jax.flatten_util.ravel_pytree(equation(back(flat), theta))[0]
 
-        def solve(matrix: Array, b: Array) -> tuple[Array, Pivoted]:
-            at = pivoted(matrix)
-            return -at.solve(b), at
-
-        step, at = in_turn(solve, flat.size)(jax.jacfwd(value)(flat), value(flat))
-        return step, at, back
+        return jax.jacfwd(value)(flat), value(flat), back
 
     def _is_contradictory(
         self, x: PrimalDual, theta: PyTree, allowed: Scalar, is_asked: Bool[Array, ""]
@@ -357,6 +359,27 @@ class _Violation(NamedTuple):
     size: Scalar
     is_stuck: Bool[Array, ""]
     num_steps: Array
+
+
+def _is_bent_down(kkt: Array, size: int) -> Bool[Array, ""]:
+    """Whether the Hessian is negative along the active constraints, clearly.
+
+    `H + rho C'C` is positive definite for all large rho where it is not, and for none where it is
+    (Debreu, "Definite and semidefinite quadratic forms", 1952).
+    """
+    eps = float(jnp.finfo(kkt.dtype).eps)
+    hessian, rows = 0.5 * (kkt[:size, :size] + kkt[:size, :size].T), kkt[size:, :size]
+    diagonal = jnp.abs(jnp.diagonal(hessian))
+    units = jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1))
+    hessian, rows = hessian * jnp.outer(units, units), rows * units
+    largest = jnp.max(jnp.abs(hessian), initial=0)
+    lengths = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    rows /= jnp.where(lengths > 0, lengths, 1)
+    rho = eps**-0.4
+    shift = 10 * size * eps * rho * jnp.eye(size, dtype=kkt.dtype)
+    total = hessian / jnp.where(largest > 0, largest, 1) + rho * rows.T @ rows + shift
+    factor = jax.lax.linalg.cholesky(total, symmetrize_input=False)
+    return jnp.isnan(factor[-1, -1]) & (largest > 0)
 
 
 def _solve_definite(matrix: Array, b: Array) -> Array:
