@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Scalar
 from .._checks import check_count, check_tolerance
 from .._linear import solve_linear
 from .._problem import AbstractCondition
-from .._problem._proximal import newton_solver
+from .._problem._proximal import newton_solver, num_columns
 from .._tree import default_rtol, tree_axpy, tree_norm, tree_where
 from ._base import AbstractInnerSolver, Counts, InnerSolution, measure, residual_and_scale
 from ._proximal_gradient import ProximalGradient, proximal
@@ -22,6 +22,9 @@ _CG_RTOL = 1e-3
 # How often it is tried after the residual is small, and where there is nothing left to try.
 _PATIENCE = 30
 _FLOOR = 1e-3
+# Of the tolerance, among the entries that are searched; and how often they are chosen anew.
+_TIGHTER = 0.1
+_SELECTIONS = 30
 # Of a Newton step that leaves the piece.
 _LENGTHS = (1.0, 0.3, 0.1)
 
@@ -34,7 +37,10 @@ class ProximalNewton(AbstractInnerSolver):
     is tried on the piece, by a factorisation of at most 256 variables or conjugate gradients,
     and taken where it halves the residual: for a quadratic `fn` one such step is the solution, once
     the piece is right. Where it leads off the piece, shorter ones are tried, projected. For a
-    box this is a projected Newton method. Terms without pieces (`Nuclear`, `Own`) get the
+    box this is a projected Newton method. Where an array of 1,024 entries or more has an `L1`,
+    `WeightedL1` or `ElasticNet` penalty and `fn` sees it through products alone (`features @ x`),
+    the search is among the entries of x and those that violate their conditions most, by their
+    columns; the adjoint system then is of these columns, too. Terms without pieces (`Nuclear`, `Own`) get the
     proximal steps alone.
 
     **Arguments:**
@@ -45,6 +51,7 @@ class ProximalNewton(AbstractInnerSolver):
     - `max_steps`: the most proximal steps.
 
     **Cost:** a gradient and a value a proximal step; an attempt up to 200 Hessian products.
+    Among columns, a gradient each time they are chosen anew: a handful.
 
     **Exact when** it has converged; quadratically once the piece is found.
 
@@ -58,7 +65,8 @@ class ProximalNewton(AbstractInnerSolver):
 
     Reference: Lee, Sun and Saunders, "Proximal Newton-type methods for minimizing composite
     functions", 2014, for the idea; Bareilles, Iutzeler and Malick, "Newton acceleration on
-    manifolds identified by proximal gradient methods", 2023.
+    manifolds identified by proximal gradient methods", 2023; Massias, Gramfort and Salmon,
+    "Celer: a fast solver for the lasso with dual extrapolation", 2018, for the working sets.
     """
 
     rtol: float | Scalar | None = None
@@ -82,6 +90,62 @@ class ProximalNewton(AbstractInnerSolver):
         del state
         at: Any = proximal(condition, type(self).__name__).with_step_at(x0, theta)
         rtol = default_rtol(x0) if self.rtol is None else self.rtol
+        if at.predictors(x0, theta) is None:
+            last = self._search(at, x0, theta, rtol)
+        else:
+            last = self._among_columns(at, x0, theta, rtol)
+        counts = Counts(gradients=2 * last.num_steps, hessian=last.num_products)
+        found = measure(at, last.x, x0, theta, rtol, self.atol, last.num_steps, counts)
+        return found, None
+
+    def _among_columns(self, at: Any, x0: Array, theta: PyTree, rtol: Scalar | float) -> "_Found":
+        """The search among the entries that matter: those of x, and where it is violated most.
+
+        They are a fixed number, most of them zero. Where x has as many, all are searched.
+        """
+        most = num_columns(x0)
+
+        def body(s: _Selected) -> _Selected:
+            left = jnp.abs(at.residual(s.found.x, theta))
+            _, index = jax.lax.top_k(jnp.where(s.found.x != 0, jnp.inf, left), most)
+            is_full = ~jnp.any(s.found.x[index] == 0)
+            # What is left is compared with the tolerance of those that have been searched.
+            is_done = (s.count > 0) & (tree_norm(left) <= s.found.tolerance) & s.found.is_done
+            few = at.among(s.found.x, theta, index)
+            inside = self._search(
+                few, s.found.x[index], theta, _TIGHTER * rtol, ~(is_done | is_full)
+            )
+            x = jnp.zeros_like(x0).at[index].set(inside.x)
+            found = inside._replace(
+                x=x,
+                tolerance=inside.tolerance / _TIGHTER,
+                num_steps=s.found.num_steps + inside.num_steps,
+                num_products=s.found.num_products + inside.num_products,
+            )
+            found = tree_where(is_done | is_full, s.found, found)
+            return _Selected(found, s.count + 1, is_done, is_full)
+
+        zero, no = jnp.zeros((), jnp.int32), jnp.array(False)
+        first = _Found(x0, jnp.zeros_like(tree_norm(x0)), zero, zero, no)
+        last = jax.lax.while_loop(
+            lambda s: ~(s.is_done | s.is_full) & (s.count < _SELECTIONS),
+            body,
+            _Selected(first, zero, no, no),
+        )
+        return jax.lax.cond(
+            last.is_done,
+            lambda: last.found,
+            lambda: self._search(at, last.found.x, theta, rtol),
+        )
+
+    def _search(
+        self,
+        at: Any,
+        x0: PyTree,
+        theta: PyTree,
+        rtol: Scalar | float,
+        is_wanted: Bool[Array, ""] | None = None,
+    ) -> "_Found":
         steps = ProximalGradient(num_steps=_STEPS)
         residual, scale = residual_and_scale(at, x0, x0, theta)
         zero = jnp.zeros((), jnp.int32)
@@ -89,7 +153,7 @@ class ProximalNewton(AbstractInnerSolver):
             steps.start(at, x0, theta, None),
             residual,
             self.atol + rtol * jnp.maximum(scale, residual),
-            jnp.array(False),
+            jnp.array(False) if is_wanted is None else ~is_wanted,
             zero,
             zero - 1,
             zero,
@@ -141,10 +205,24 @@ class ProximalNewton(AbstractInnerSolver):
             )
 
         last = jax.lax.while_loop(is_running, advance, first)
-        x = last.carry[0]
-        counts = Counts(gradients=2 * last.num_steps, hessian=last.num_products)
-        found = measure(at, x, x0, theta, rtol, self.atol, last.num_steps, counts)
-        return found, None
+        return _Found(
+            last.carry[0], last.tolerance, last.num_steps, last.num_products, last.is_done
+        )
+
+
+class _Found(NamedTuple):
+    x: PyTree
+    tolerance: Scalar
+    num_steps: Int[Array, ""]
+    num_products: Int[Array, ""]
+    is_done: Bool[Array, ""]
+
+
+class _Selected(NamedTuple):
+    found: _Found
+    count: Int[Array, ""]
+    is_done: Bool[Array, ""]
+    is_full: Bool[Array, ""]  # no place for another entry
 
 
 class _State(NamedTuple):

@@ -50,12 +50,12 @@ def _run(rules: Mapping[str, Rule], closed: ClosedJaxpr, *args: Any) -> list:
         with equation.ctx.manager:
             results = _replace(rules, equation, operands)
             if results is None:
-                results = _as_it_is(equation, operands)
+                results = as_it_is(equation, operands)
         values.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _as_it_is(equation: Any, operands: list) -> list:
+def as_it_is(equation: Any, operands: list) -> list:
     primitive = equation.primitive
     params = primitive.get_bind_params(equation.params)
     if isinstance(params, tuple):  # until JAX 0.9: the functions apart

@@ -1,6 +1,7 @@
 """Minima of a smooth function and a term that is not: a penalty, or a set."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from jaxtyping import Array, Bool, PyTree, Scalar
+from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from .._checks import check_step_size
-from .._linear import CG, Direct, solve_linear
+from .._linear import CG, LU, solve_linear
 from .._linear._common import largest_eigenvalue
 from .._prox import AbstractProx, At, Piece, as_prox
 from .._results import RESULTS
@@ -27,6 +28,8 @@ from .._tree import (
     tree_zeros_like,
 )
 from ._condition import AbstractCondition, check_scalar
+from ._linearised import Linearised, of_equation
+from ._predictors import Predictors, predictors, product
 
 # By how much the power method for the largest curvature may fall short.
 _SHORT = 1.3
@@ -36,6 +39,8 @@ _FAR = 100.0
 _NEWTON_RTOL = 1e-6
 _NEWTON_STEPS = 200
 _DENSE = 256
+# Of so many entries on few are worth looking for.
+_WIDE = 1_024
 
 
 class ProximalMinimum(AbstractCondition):
@@ -106,8 +111,21 @@ class ProximalMinimum(AbstractCondition):
         return "minimise"
 
     def __call__(self, x: PyTree, theta: PyTree) -> Scalar:
+        parts = self.predictors(x, theta)
+        if parts is None:
+            return self._smooth(x, theta)
+        return parts.rest([product(num_columns(x), m, x) for m in parts.matrices])
+
+    def _smooth(self, x: PyTree, theta: PyTree) -> Scalar:
         out = super().__call__(x, theta)
         return out[0] if self.has_aux else out
+
+    def predictors(self, x: PyTree, theta: PyTree) -> Predictors | None:
+        """`fn` as a function of products with x, where that is many entries, most of them zero."""
+        is_wide = eqx.is_array(x) and x.ndim == 1 and x.size >= _WIDE
+        if not (is_wide and self.prox.leaves_few):
+            return None
+        return predictors(lambda x: self._smooth(x, theta), x)
 
     def check_output(self, out: Any, x: PyTree) -> None:
         del x
@@ -129,11 +147,35 @@ class ProximalMinimum(AbstractCondition):
         if self.step_size is not None:
             return jnp.asarray(self.step_size, tree_dtype(x))
         x, theta = stop_gradient((x, theta))
-        _, product = jax.linearize(lambda x: self.gradient(x, theta), x)
-        curvature = largest_eigenvalue(product, tree_zeros_like(x))
+        smooth, inside = self.__call__, x
+        if self.predictors(x, theta) is not None:
+            # Of the columns that matter: those of x, and where the gradient is largest.
+            score = jnp.where(x != 0, jnp.inf, jnp.abs(self.gradient(x, theta)))
+            _, index = jax.lax.top_k(score, num_columns(x))
+            smooth, inside = self.restricted(x, theta, index), x[index]
+        _, products = jax.linearize(lambda x: jax.grad(smooth)(x, theta), inside)
+        curvature = largest_eigenvalue(products, tree_zeros_like(inside))
         is_known = jnp.isfinite(curvature) & (curvature > 0)
         step = jnp.where(is_known, 1 / (_SHORT * jnp.where(is_known, curvature, 1)), 1)
         return jax.lax.stop_gradient(step)
+
+    def restricted(self, x: Array, theta: PyTree, index: Int[Array, " k"]) -> Callable:
+        """`fn` of some entries of x, all others zero; an index beyond the last is left out."""
+
+        def smooth(inside: Array, theta: PyTree) -> Scalar:
+            parts = self.predictors(x, theta)
+            assert parts is not None
+            return parts.rest([columns @ inside for columns in parts.columns(index)])
+
+        return smooth
+
+    def among(self, x: Array, theta: PyTree, index: Int[Array, " k"]) -> "ProximalMinimum":
+        """The problem in some entries of x, all others zero."""
+        fn, prox = (
+            self.restricted(x, theta, index),
+            self.prox.of_entries(x, self._at(x, theta), index),
+        )
+        return ProximalMinimum(fn, prox).with_step_at(x[index], theta)
 
     def with_step_at(self, x: PyTree, theta: PyTree) -> "ProximalMinimum":
         """The same, the step size measured once and for all."""
@@ -175,18 +217,60 @@ class ProximalMinimum(AbstractCondition):
 
     def equation_on(self, piece: Piece) -> Callable[[PyTree, PyTree], PyTree]:
         """The smooth map of a piece: the gradient along it, and what x is off it."""
+        return self._equation(piece, self)
+
+    def _equation(self, piece: Piece, fn: Callable) -> Callable[[PyTree, PyTree], PyTree]:
 
         def on_piece(x: PyTree, theta: PyTree) -> PyTree:
             placed = self.placed(piece, x, theta)
 
             def value(x: PyTree) -> Scalar:
-                smooth = self(x, theta)
+                smooth = fn(x, theta)
                 return smooth + piece.smooth(x, self._at(x, theta)).astype(smooth.dtype)
 
             along = piece.tangent(placed, jax.grad(value)(placed))
             return jtu.tree_map(lambda g, a, b: g + (a - b), along, x, placed)
 
         return on_piece
+
+    def linearise(self, x: PyTree, theta: PyTree) -> Linearised:
+        if not self.prox.has_pieces:
+            return super().linearise(x, theta)
+        return self.linearised_on(self.piece(x, theta, self.step_at(x, theta)), x, theta)
+
+    def linearised_on(self, piece: Piece, x: PyTree, theta: PyTree) -> Linearised:
+        """`equation_on`, its products by the columns of the free entries where they are few."""
+        whole = self.equation_on(piece)
+        if self.predictors(x, theta) is None:
+            return of_equation(whole, x, theta)
+        most, ((is_free, _),) = num_columns(x), piece.tag
+        is_few = piece.num_free <= most
+        (index,) = jnp.nonzero(is_free, size=most, fill_value=x.size)
+        smooth = self.restricted(x, theta, index)
+
+        def of_columns(x: Array, theta: PyTree) -> Scalar:
+            return smooth(jnp.take(x, index, mode="fill", fill_value=0), theta)
+
+        few = of_equation(self._equation(piece, of_columns), x, theta)
+
+        # Not a condition that is differentiated, which would copy the matrices.
+        def forward(v: Array) -> Array:
+            return jax.lax.cond(
+                is_few,
+                few.forward,
+                lambda v: jax.jvp(lambda x: whole(x, theta), (x,), (v,))[1],
+                v,
+            )
+
+        def both(v: Array) -> tuple[Array, PyTree]:
+            # The pass to x is inside: where it is not needed it is not made.
+            def of_whole(v: Array) -> tuple[Array, PyTree]:
+                return jax.vjp(whole, x, theta)[1](v)
+
+            return jax.lax.cond(is_few, few.both, of_whole, v)
+
+        residual = jax.lax.cond(is_few, lambda: few.residual, lambda: whole(x, theta))
+        return Linearised(residual, forward, forward, both)
 
     def verdict(self, x: PyTree, theta: PyTree, residual: Scalar, tolerance: Scalar) -> RESULTS:
         step, at = self.step_at(x, theta), self._at(x, theta)
@@ -221,17 +305,21 @@ class ProximalMinimum(AbstractCondition):
         self, piece: Piece, x: PyTree, theta: PyTree, is_wanted: Bool[Array, ""]
     ) -> PyTree[Array]:
         """Where a Newton step on its piece takes x."""
-        equation = self.equation_on(piece)
-        value, product = jax.linearize(lambda x: equation(x, theta), x)
-        b = jtu.tree_map(lambda a: jnp.where(is_wanted, a, 0), value)
-        found = solve_linear(newton_solver(x, _NEWTON_RTOL), product, b)
+        at = self.linearised_on(piece, x, theta)
+        b = jtu.tree_map(lambda a: jnp.where(is_wanted, a, 0), at.residual)
+        found = solve_linear(newton_solver(x, _NEWTON_RTOL), at.forward, b)
         return self.placed(piece, tree_sub(x, found.value), theta)
+
+
+def num_columns(x: Array) -> int:
+    """How many entries that are not zero count as few."""
+    return min(max(32, 2 ** math.ceil(math.log2(x.size / 64))), 512)
 
 
 def newton_solver(x: PyTree, rtol: float) -> lx.AbstractLinearSolver:
     """Of the systems on a piece; of few variables by a factorisation, whatever the condition."""
     if tree_size(x) <= _DENSE:
-        return Direct()
+        return LU()
     return CG(rtol, max_steps=_NEWTON_STEPS)
 
 

@@ -1,6 +1,7 @@
 """Terms that are not smooth: a value, a proximal step, and the smooth piece on which x lies."""
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,6 +30,8 @@ class AbstractProx(OneLine, eqx.Module):
     has_pieces: ClassVar[bool] = True
     # Whether it is a penalty of entries, of which none may be left, and not a set.
     is_penalty: ClassVar[bool] = False
+    # Whether what it holds of one array is held at zero, entry by entry, and may be almost all.
+    leaves_few: ClassVar[bool] = False
 
     @abc.abstractmethod
     def value(self, x: PyTree, theta: PyTree) -> Scalar:
@@ -195,6 +198,12 @@ class AbstractLeafwise(AbstractProx):
             columns.append([jnp.asarray(v, a.dtype) for v, a in zip(parts, leaves, strict=True)])
         self._check_shapes(leaves, columns)
         return list(zip(*columns, strict=True)) if columns else [()] * len(leaves)
+
+    def of_entries(self, x: Array, theta: PyTree, index: Array) -> "AbstractLeafwise":
+        """The term of some entries of x, an array, its settings those at theta."""
+        ((_, settings),) = self._each(x, theta)
+        chosen = [a[index] if a.shape else a for a in settings]
+        return dataclasses.replace(self, **dict(zip(self.settings, chosen, strict=True)))
 
     def _check_shapes(self, leaves: list[Array], columns: list[list[Array]]) -> None:
         for name, column in zip(self.settings, columns, strict=True):

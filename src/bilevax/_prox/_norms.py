@@ -59,6 +59,7 @@ class L1(AbstractLeafwise):
 
     settings: ClassVar[tuple[str, ...]] = ("strength",)
     is_penalty: ClassVar[bool] = True
+    leaves_few: ClassVar[bool] = True
 
     strength: PyTree = setting(1.0)
 
@@ -93,6 +94,7 @@ class WeightedL1(AbstractLeafwise):
 
     settings: ClassVar[tuple[str, ...]] = ("strength", "weights")
     is_penalty: ClassVar[bool] = True
+    leaves_few: ClassVar[bool] = True
 
     strength: PyTree = setting(1.0)
     weights: PyTree = setting(1.0)
@@ -133,6 +135,7 @@ class ElasticNet(AbstractLeafwise):
 
     settings: ClassVar[tuple[str, ...]] = ("l1", "l2")
     is_penalty: ClassVar[bool] = True
+    leaves_few: ClassVar[bool] = True
 
     l1: PyTree = setting(1.0)
     l2: PyTree = setting(1.0)
