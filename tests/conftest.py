@@ -1,5 +1,6 @@
 """Strict settings for every test: x64, no silent promotion, no window, fixed seeds."""
 
+import gc
 import math
 import os
 from pathlib import Path
@@ -21,6 +22,11 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A trace makes objects by the ten thousands and few cycles: with Python's own threshold of 700
+# a tenth of the time is spent on looking for them.
+gc.freeze()
+gc.set_threshold(50_000, 20, 50)
 
 # Compilation takes seconds, so no deadline. The same examples each time; other ones, and
 # more of them, with HYPOTHESIS_PROFILE=nightly, which prints how to reproduce a failure.
