@@ -33,8 +33,15 @@ def init_method(problem: Bilevel, method: AbstractMethod, x0: PyTree, theta: PyT
     # Copied, because the chunks overwrite the state and the arrays are the caller's.
     x0, theta = copied((x0, theta))
     state = method.init(problem, x0, theta)
-    seen = eqx.filter_eval_shape(method.evaluate, problem, x0, state, jnp.array(True))[0]
+    seen = eqx.filter_eval_shape(_evaluate, problem, method, x0, state, jnp.array(True))[0]
     return state, Best.none(seen)
+
+
+@lean_jit  # traced for its shapes, and not again for the chunks
+def _evaluate(
+    problem: Bilevel, method: AbstractMethod, x0: PyTree, state: Any, is_last: Array
+) -> tuple[Evaluation, Any]:
+    return method.evaluate(problem, x0, state, is_last)
 
 
 def copied(tree: Any) -> Any:
@@ -64,7 +71,7 @@ def _chunk(
 
     def evaluate(dynamic: Any, is_last: Array, row: Array) -> tuple[Any, Evaluation]:
         state, best = eqx.combine(dynamic, static)
-        seen, state = method.evaluate(problem, x0, state, is_last)
+        seen, state = _evaluate(problem, method, x0, state, is_last)
         return eqx.filter((state, best.after(seen, row)), eqx.is_array), seen
 
     def step(dynamic: Any, seen: Evaluation) -> Any:
