@@ -362,7 +362,8 @@ def test_argmin_second_derivatives(name):
 
     @jax.jit  # one program
     def derivatives(theta):
-        return jax.grad(value)(theta), [second(first(value))(theta) for first, second in MODES[name]]
+        hessians = [second(first(value))(theta) for first, second in MODES[name]]
+        return jax.grad(value)(theta), hessians
 
     gradient, hessians = derivatives(oracle.theta)
     assert relative_error(gradient, oracle.hypergradient) < 1e-8
