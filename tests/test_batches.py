@@ -192,7 +192,8 @@ def test_a_run_sees_all_data(rule):
         jax.debug.callback(lambda k: seen.append(int(k)), step)
         return middle(step, data)
 
-    for restart in (False, True):
+    # That the stream goes on is a matter of the rule; that it need not, of the solver: one rule.
+    for restart in (False, True) if isinstance(rule, bx.Unrolled) else (False,):
         seen.clear()
         solver = bx.Descent(optax.sgd(0.1), 2, batches=watched, restart_batches=restart)
         method = bx.DoubleLoop(solver, rule, optax.sgd(0.01))
