@@ -142,10 +142,8 @@ def test_kinks_are_seen(fn):
 # --- what is measured
 
 
-@pytest.mark.parametrize(
-    "build",
-    [bt.nested, bt.logistic, bt.least_squares, bt.ridge_log_lambda, bt.root, bt.fixed_point],
-)
+# One of each kind; other minima are below.
+@pytest.mark.parametrize("build", [bt.nested, bt.least_squares, bt.root, bt.fixed_point])
 def test_all_is_well_at_the_solution(build):
     oracle = build()
     found = check(oracle.problem, at_solution(oracle), oracle.theta)

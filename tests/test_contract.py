@@ -62,7 +62,13 @@ def test_implicit_is_right_on_every_oracle(name, dtype, bound):
     )
 
 
-@pytest.mark.parametrize("name", REGULAR)
+# The defaults depend on the condition and on the size. Of the minima a scalar, a tree, and one
+# that moves with the weights of its data.
+MINIMA = ["scalar_game", "nested", "data_weights"]
+OTHERS = ["least_squares", "scalar_root", "fixed_point", "root"]
+
+
+@pytest.mark.parametrize("name", [*MINIMA, *OTHERS])
 def test_defaults_need_no_choices(name):
     oracle = oracles("float64")[name]
     estimate, _ = bx.hypergradient(oracle.problem, oracle.x0, oracle.theta)
@@ -192,9 +198,15 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", ["quadratic", "nested", "logistic", "data_weights"])
-def test_every_rule_reaches_its_order(rule, name):
+# Every rule where the Hessian moves and where x and theta are trees. Where it does not move, and
+# where theta weighs data, a rule is asked for the same products: there one of each family.
+ORDERS = [(name, rule) for name in ("logistic", "nested") for rule in RULES]
+ORDERS += [("quadratic", rule) for rule in ("Implicit", "Truncated", "ForwardMode", "OneStep")]
+ORDERS += [("data_weights", rule) for rule in ("Accurate", "Unrolled", "KStep", "SAMA")]
+
+
+@pytest.mark.parametrize(("name", "rule"), ORDERS)
+def test_every_rule_reaches_its_order(name, rule):
     oracle = oracles("float64")[name]
     rule, bound = RULES[rule]
     matrix = (
@@ -259,11 +271,16 @@ def test_estimates_pass_through_jit_vmap_and_scan(rule):
         )
         return estimate.grad
 
+    @jax.jit  # one program
+    def transformed(thetas):
+        _, scanned = jax.lax.scan(lambda c, theta: (c, grad(theta)), 0, thetas)
+        return grad(thetas[0]), jax.vmap(grad)(thetas), scanned
+
     thetas = jnp.stack([oracle.theta, oracle.theta + 0.3])
     loop = jnp.stack([grad(theta) for theta in thetas])
-    np.testing.assert_allclose(jax.jit(grad)(thetas[0]), loop[0], rtol=1e-10)
-    np.testing.assert_allclose(jax.vmap(grad)(thetas), loop, rtol=1e-9)
-    _, scanned = jax.lax.scan(lambda c, theta: (c, grad(theta)), 0, thetas)
+    jitted, batched, scanned = transformed(thetas)
+    np.testing.assert_allclose(jitted, loop[0], rtol=1e-10)
+    np.testing.assert_allclose(batched, loop, rtol=1e-9)
     np.testing.assert_allclose(scanned, loop, rtol=1e-9)
 
 
@@ -307,11 +324,16 @@ def test_argmin_jvp_is_the_transpose_of_vjp(name):
     tangent = jax.tree_util.tree_map(
         lambda a: jnp.cos(1.0 + jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape), arrays
     )
-    x, x_dot = jax.jvp(solution, (arrays,), (tangent,))
-    cotangent = jax.tree_util.tree_map(
-        lambda a: jnp.sin(2.0 + jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape), x
-    )
-    (theta_bar,) = jax.vjp(solution, arrays)[1](cotangent)
+
+    @jax.jit  # one program
+    def both(arrays, tangent):
+        x, x_dot = jax.jvp(solution, (arrays,), (tangent,))
+        cotangent = jax.tree_util.tree_map(
+            lambda a: jnp.sin(2.0 + jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape), x
+        )
+        return x_dot, cotangent, jax.vjp(solution, arrays)[1](cotangent)
+
+    x_dot, cotangent, (theta_bar,) = both(arrays, tangent)
 
     def dot(a, b):
         return sum(
@@ -324,7 +346,17 @@ def test_argmin_jvp_is_the_transpose_of_vjp(name):
         np.testing.assert_allclose(x_dot, oracle.jacobian @ tangent, rtol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["quadratic", "quadratic_game", "scalar_root", "scalar_game"])
+FORWARD, REVERSE = jax.jacfwd, jax.jacrev
+# Every mode after every mode, for a minimum and for an equation; every oracle with every mode.
+MODES = {
+    "quadratic": [(FORWARD, REVERSE), (REVERSE, FORWARD)],
+    "quadratic_game": [(FORWARD, FORWARD), (REVERSE, REVERSE)],
+    "scalar_root": [(FORWARD, REVERSE), (REVERSE, FORWARD)],
+    "scalar_game": [(FORWARD, FORWARD), (REVERSE, REVERSE)],
+}
+
+
+@pytest.mark.parametrize("name", MODES)
 def test_argmin_second_derivatives(name):
     oracle = oracles("float64")[name]
     solver, _ = tight(oracle)
@@ -334,18 +366,22 @@ def test_argmin_second_derivatives(name):
     def value(theta):
         return oracle.problem.outer_value(x_star(oracle.x0, theta), theta)[0]
 
-    assert relative_error(jax.grad(value)(oracle.theta), oracle.hypergradient) < 1e-8
-    modes = (jax.jacfwd, jax.jacrev)
-    for first in modes:
-        for second in modes:
-            assert relative_error(second(first(value))(oracle.theta), oracle.hyper_hessian) < 1e-8
+    @jax.jit  # one program
+    def derivatives(theta):
+        hessians = [second(first(value))(theta) for first, second in MODES[name]]
+        return jax.grad(value)(theta), hessians
+
+    gradient, hessians = derivatives(oracle.theta)
+    assert relative_error(gradient, oracle.hypergradient) < 1e-8
+    for hessian in hessians:
+        assert relative_error(hessian, oracle.hyper_hessian) < 1e-8
 
 
 def test_argmin_sees_closed_over_tracers_and_a_bias_without_regulariser():
     features = jnp.cos(jnp.arange(12.0)).reshape(6, 2)
     targets = jnp.sin(jnp.arange(6.0))
 
-    def x_of(theta, shift, use_vmap=False):
+    def x_of(theta, shift):
         def inner(x, theta):  # closes over shift, which is being differentiated
             prediction = features @ x["w"] + x["b"] + shift
             return 0.5 * jnp.sum((prediction - targets) ** 2) + jnp.exp(theta) * jnp.sum(
@@ -358,12 +394,14 @@ def test_argmin_sees_closed_over_tracers_and_a_bias_without_regulariser():
 
     theta, shift = jnp.asarray(-0.3), jnp.asarray(0.2)
     grads = jax.grad(x_of, argnums=(0, 1))(theta, shift)
+    value = jax.jit(x_of)
     step = 1e-5  # error 1e-10 of truncation, 1e-12 / 1e-5 of the solve
     for k, grad in enumerate(grads):
         up = [theta, shift]
         down = [theta, shift]
         up[k], down[k] = up[k] + step, down[k] - step
-        assert float(grad) == pytest.approx(float((x_of(*up) - x_of(*down)) / (2 * step)), rel=1e-6)
+        difference = float((value(*up) - value(*down)) / (2 * step))
+        assert float(grad) == pytest.approx(difference, rel=1e-6)
     batched = jax.vmap(jax.grad(x_of), in_axes=(0, None))(jnp.stack([theta, theta + 1]), shift)
     assert float(batched[0]) == pytest.approx(float(grads[0]), rel=1e-9)
     jitted = jax.jit(jax.grad(x_of, argnums=1))(theta, shift)
@@ -387,13 +425,18 @@ def test_argmin_unrolled_and_one_step_views_agree_with_their_estimates():
         inner_solver = solver if rule != bx.OneStep(0.05) else bx.NewtonCG(rtol=1e-10)
         x_star = bx.argmin(oracle.problem.inner, inner_solver, rule)
 
-        def value(theta, x_star=x_star):
-            return oracle.problem.outer_value(x_star(oracle.x0, theta), theta)[0]
+        @jax.jit  # one program
+        def both(theta, inner_solver=inner_solver, rule=rule, x_star=x_star):
+            estimate, _ = bx.hypergradient(
+                oracle.problem, oracle.x0, theta, inner_solver=inner_solver, rule=rule
+            )
 
-        estimate, _ = bx.hypergradient(
-            oracle.problem, oracle.x0, oracle.theta, inner_solver=inner_solver, rule=rule
-        )
-        np.testing.assert_allclose(jax.grad(value)(oracle.theta), estimate.grad, rtol=1e-9)
+            def value(theta):
+                return oracle.problem.outer_value(x_star(oracle.x0, theta), theta)[0]
+
+            return jax.grad(value)(theta), estimate.grad
+
+        np.testing.assert_allclose(*both(oracle.theta), rtol=1e-9)
 
 
 def test_argmin_on_a_black_box_in_a_callback():

@@ -222,11 +222,11 @@ def test_a_short_loop_equals_a_python_loop(num_steps, checkpoints):
     assert relative_error(grad, reference("momentum", num_steps)) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["momentum", "cosine"])
-def test_every_memory_policy_equals_a_python_loop(name):
-    expected = reference(name, 100)
-    for checkpoints in ("sqrt", "all", 3, bx.MemoryBudget(4_000)):
-        grad = unrolled(OPTIMISERS[name], 100, checkpoints).grad
+def test_every_memory_policy_equals_a_python_loop():
+    """Beside "sqrt", which is above. Moments and a count, on which the step size depends."""
+    expected = reference("cosine", 100)
+    for checkpoints in ("all", 3, bx.MemoryBudget(4_000)):
+        grad = unrolled(OPTIMISERS["cosine"], 100, checkpoints).grad
         assert relative_error(grad, expected) < 1e-12
 
 
@@ -266,5 +266,5 @@ def test_lbfgs_is_right_long_after_convergence():
     exact, _ = bx.hypergradient(
         bx.Bilevel(inner, outer), X0, THETA, inner_solver=bx.NewtonCG(rtol=1e-13)
     )
-    grad = unrolled(optax.lbfgs(), 100).grad
+    grad = unrolled(optax.lbfgs(), 100, "all").grad  # which compiles quickest
     assert relative_error(grad, exact.grad) < 1e-8

@@ -129,6 +129,7 @@ def test_persistent_evolution_is_unbiased_and_truncated_evolution_is_not():
 MOMENTUM = optax.sgd(0.2, momentum=0.8)
 
 
+@functools.cache  # the same functions: programs are shared
 def quadratic(dtype=float):
     scale = jnp.asarray([1.0, 2.0, 0.5], dtype)
     problem = bx.Bilevel(

@@ -49,10 +49,16 @@ def test_solution_map():
     assert relative_error(forward, ORACLE.jacobian) < 1e-9
 
 
-@pytest.mark.parametrize("oracle", all_oracles(), ids=lambda oracle: oracle.name)
+# A scalar, a tree, a Hessian that moves, residuals, and one whose system is not regular.
+MINIMA = {"scalar_game", "nested", "logistic", "least_squares", "overparameterised"}
+
+
+@pytest.mark.parametrize(
+    "oracle",
+    [oracle for oracle in all_oracles() if oracle.name in MINIMA],
+    ids=lambda oracle: oracle.name,
+)
 def test_agrees_with_implicit_where_the_system_is_regular(oracle):
-    if oracle.kind not in ("minimum", "least_squares"):
-        pytest.skip("its default solvers are those of minima")
     rule = bx.MinimumNorm(max_tangents=1)
     solver = bx.NewtonCG(rtol=1e-12)
     estimate, _ = bx.hypergradient(
@@ -164,10 +170,11 @@ def test_free_intercepts_have_one_answer_in_every_view():
 
     estimate, _ = bx.hypergradient(problem, x0, theta)
     step = 1e-4 * jnp.eye(4)
-    finite = jnp.array([(value(theta + e) - value(theta - e)) / 2e-4 for e in step])
+    compiled, gradient = jax.jit(value), jax.jit(jax.grad(value))
+    finite = jnp.array([(compiled(theta + e) - compiled(theta - e)) / 2e-4 for e in step])
     assert relative_error(estimate.grad, finite) < 1e-5
-    reverse = jax.jit(jax.grad(value))(theta)
-    batched = jax.vmap(jax.grad(value))(jnp.stack([theta, theta]))
+    reverse = gradient(theta)
+    batched = jax.jit(jax.vmap(jax.grad(value)))(jnp.stack([theta, theta]))
     rows = bx.jacobian(problem, estimate.x, theta).value["intercepts"]
     _, moved = jax.jvp(value, (theta,), (step[0],))
     for grad in (reverse, batched[1]):
@@ -176,8 +183,8 @@ def test_free_intercepts_have_one_answer_in_every_view():
     # Of the many responses the smallest: the intercepts do not move together.
     assert jnp.all(jnp.abs(rows.sum(axis=0)) < 1e-8 * jnp.abs(rows).max())
     # The derivative of the derivative, too.
-    hessian = jax.jacfwd(jax.grad(value))(theta)
-    slope = (jax.grad(value)(theta + step[1]) - jax.grad(value)(theta - step[1])) / 2e-4
+    hessian = jax.jit(jax.jacfwd(jax.grad(value)))(theta)
+    slope = (gradient(theta + step[1]) - gradient(theta - step[1])) / 2e-4
     assert relative_error(hessian[:, 1], slope) < 1e-4
 
 

@@ -20,6 +20,7 @@ by_name = pytest.mark.parametrize("optimizer", OPTIMISERS, ids=lambda o: type(o)
 
 
 def run(oracle, theta, optimizer, rtol, num_steps=40, **options):
+    rtol = jnp.asarray(rtol)  # an array: another number compiles nothing
     rule = bx.Implicit(bx.linear.CG(rtol=rtol), **options)
     method = bx.DoubleLoop(bx.NewtonCG(rtol=rtol), rule, optimizer)
     return bx.solve(oracle.problem, oracle.x0, theta, method, num_steps=num_steps)

@@ -68,7 +68,7 @@ def test_a_condition(name):
 
 def test_a_condition_is_differentiated_solved_and_diagnosed():
     x_star = bx.argmin(BALANCE.inner)
-    found = jax.jacrev(lambda theta: x_star(X0, theta))(THETA)
+    found = jax.jit(jax.jacrev(lambda theta: x_star(X0, theta)))(THETA)
     np.testing.assert_allclose(found, jnp.linalg.solve(MATRIX, SIDE), rtol=1e-9)
     solution = bx.solve(BALANCE, X0, THETA, num_steps=2, progress=False)
     assert not solution.stats["num_flagged"]
@@ -168,7 +168,7 @@ def test_what_is_made_of_a_condition_with_multipliers():
         return outer(bx.argmin(constrained(scale).inner)(X0, NAMED), THETA)
 
     ends = [outer(exact_constrained(2.0 + h)[0][:3], THETA) for h in (1e-6, -1e-6)]
-    np.testing.assert_allclose(jax.grad(value)(2.0), (ends[0] - ends[1]) / 2e-6, rtol=1e-7)
+    np.testing.assert_allclose(jax.jit(jax.grad(value))(2.0), (ends[0] - ends[1]) / 2e-6, rtol=1e-7)
 
 
 # --- a condition whose adjoint system is not that of its residual
@@ -247,7 +247,7 @@ def test_a_condition_on_a_support(name):
     np.testing.assert_allclose(estimate.x, x, atol=1e-6)
     np.testing.assert_allclose(estimate.grad, gradient, rtol=1e-5)
     x_star = bx.argmin(LASSO.inner, rule=LASSO_RULES[name])
-    found = jax.grad(lambda theta: outer(x_star(X0, theta), theta))(theta)
+    found = jax.jit(jax.grad(lambda theta: outer(x_star(X0, theta), theta)))(theta)
     np.testing.assert_allclose(found, gradient, rtol=1e-5)
 
 
@@ -342,7 +342,7 @@ def test_a_rule(problem):
     again, _ = bx.hypergradient(problem, X0, THETA, rule=Damped(), state=state)
     np.testing.assert_allclose(again.grad, expected, rtol=1e-8)
     x_star = bx.argmin(problem.inner, rule=Damped())
-    total = jax.grad(lambda theta: outer(x_star(X0, theta), theta))(THETA)
+    total = jax.jit(jax.grad(lambda theta: outer(x_star(X0, theta), theta)))(THETA)
     np.testing.assert_allclose(total, expected, rtol=1e-8)
 
 

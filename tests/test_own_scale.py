@@ -128,8 +128,8 @@ def flat_valley(x, theta, data):
 def test_the_solution_nearest_to_the_start():
     """Rank-deficient least squares in few variables: no drift along the null space."""
     rng = np.random.default_rng(3)
-    for size in (3, 6, 12):
-        for _ in range(20):
+    for size in (3, 12):
+        for _ in range(30):
             rank = int(rng.integers(1, size))
             R = rng.normal(size=(rank, size)) * 10.0 ** rng.uniform(-1, 1, (rank, 1))
             # as many rows as variables, so that the program is one for every rank

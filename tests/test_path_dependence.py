@@ -160,7 +160,7 @@ def test_a_factor_of_the_objective_does_not_move_its_minimum(name):
         x_star = bx.argmin(problem.inner, solver, rule=bx.Unrolled())
         return jnp.sum(x_star(x0, factor) ** 2)
 
-    assert abs(float(jax.grad(value)(jnp.asarray(0.2)))) < 1e-6
+    assert abs(float(jax.jit(jax.grad(value))(jnp.asarray(0.2)))) < 1e-6
 
 
 def test_a_root_by_steps():
@@ -208,12 +208,13 @@ def through_optimistix(solver, rule, inner=shifted):
 @pytest.mark.parametrize("attach", [through_argmin, through_optimistix])
 def test_no_step_from_the_solution_has_no_derivative_of_zero(attach):
     unrolled, forwards = attach(bx.LBFGS(), bx.Unrolled()), attach(bx.LBFGS(), bx.ForwardMode())
+    gradient = jax.jit(jax.grad(lambda theta: jnp.sum(unrolled(theta))))  # one program
     with pytest.raises(Exception, match="its derivative through the steps has not"):
-        jax.block_until_ready(jax.grad(lambda theta: jnp.sum(unrolled(theta)))(SOLUTION))
+        jax.block_until_ready(gradient(SOLUTION))
     with pytest.raises(Exception, match="its derivative through the steps has not"):
         jax.block_until_ready(jax.jvp(forwards, (SOLUTION,), (SOLUTION,))[1])
     # ... and from elsewhere it is right
-    found = jax.grad(lambda theta: jnp.sum(unrolled(theta)))(2 * SOLUTION)
+    found = gradient(2 * SOLUTION)
     np.testing.assert_allclose(found, np.ones(3), rtol=1e-6)
 
 
@@ -230,9 +231,8 @@ def test_of_a_batch_only_the_element_is_lost():
         solutions = jax.vmap(lambda element: x_star(theta, element))(data)
         return jnp.sum(weights[:, None] * solutions)
 
-    found = jax.vmap(jax.grad(lambda theta, d: jnp.sum(x_star(theta, d))), (None, 0))(
-        jnp.ones(3), data
-    )
+    gradients = jax.vmap(jax.grad(lambda theta, d: jnp.sum(x_star(theta, d))), (None, 0))
+    found = jax.jit(gradients)(jnp.ones(3), data)
     assert np.all(np.isnan(found[0]))
     np.testing.assert_allclose(found[1], 2 * SOLUTION, rtol=1e-6)
     # A failed element that nothing asks for has no part in the derivative of the others.
@@ -258,9 +258,10 @@ def test_wrong_derivatives_of_steps_fail_in_the_solution_map():
         x = bx.argmin(inner, optx.NonlinearCG(1e-10, 1e-10), rule=rule)(x0, theta)
         return ORACLE.problem.outer_value(x, theta)[0]
 
+    gradient = jax.jit(jax.grad(value), static_argnums=1)
     with pytest.raises(Exception, match="its derivative through the steps has not"):
-        jax.block_until_ready(jax.grad(value)(theta, bx.Unrolled()))
-    np.testing.assert_allclose(jax.grad(value)(theta, bx.Implicit()), EXACT, rtol=1e-4)
+        jax.block_until_ready(gradient(theta, bx.Unrolled()))
+    np.testing.assert_allclose(gradient(theta, bx.Implicit()), EXACT, rtol=1e-4)
 
 
 def test_what_is_right_has_derivatives_of_every_order():
@@ -274,7 +275,7 @@ def test_what_is_right_has_derivatives_of_every_order():
         return jnp.sum(x_star(start, theta)["a"] ** 2)
 
     expected = 2 * np.diag(np.cos(2 * SOLUTION))
-    np.testing.assert_allclose(jax.hessian(value)(SOLUTION), expected, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.hessian(value))(SOLUTION), expected, atol=1e-6)
 
 
 def test_searches_within_the_steps_are_refused_by_name():

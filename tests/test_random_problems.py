@@ -118,7 +118,8 @@ OUTCOMES = (
     "inaccurate",
     "diverged",
 )
-DEGENERATE_SIZES = (2, 5, 20, 60, 150)
+# Below and above 32, from where on a Newton step is not factorised.
+DEGENERATE_SIZES = (2, 20, 60)
 RULES = {
     "default": None,
     "CG": bx.Implicit(bx.linear.CG()),
@@ -136,7 +137,7 @@ BY_CG = {False: ("singular",), True: ("singular", "negative_curvature")}
 def test_singular_problems(size):
     """The response of smallest norm, by every rule that can; others say `singular`."""
 
-    @drawn(30)
+    @drawn(50)
     @given(SEEDS, st.floats(0, 3))
     def check(seed, log_condition):
         data, theta, x, grad = draw_singular(seed, size, 3, log_condition, 0.0)
@@ -154,7 +155,7 @@ def test_singular_problems(size):
 
 @pytest.mark.parametrize("size", DEGENERATE_SIZES)
 def test_singular_problems_without_a_differentiable_solution(size):
-    @drawn(20)
+    @drawn(33)
     @given(SEEDS, st.floats(0, 3), st.sampled_from([1e-2, 1.0]))
     def check(seed, log_condition, inconsistency):
         data, theta, x, _ = draw_singular(seed, size, 3, log_condition, inconsistency)
@@ -167,7 +168,7 @@ def test_singular_problems_without_a_differentiable_solution(size):
 
 @pytest.mark.parametrize("size", DEGENERATE_SIZES)
 def test_indefinite_problems(size):
-    @drawn(20)
+    @drawn(33)
     @given(SEEDS, st.floats(0, 3))
     def check(seed, log_condition):
         data, theta, x = draw_indefinite(seed, size, 3, log_condition)
@@ -180,7 +181,7 @@ def test_indefinite_problems(size):
 
 @pytest.mark.parametrize("size", DEGENERATE_SIZES)
 def test_problems_that_are_not_finite(size):
-    @drawn(20)
+    @drawn(33)
     @given(SEEDS, st.integers(0, 3), st.sampled_from([np.nan, np.inf, -np.inf]))
     def check(seed, which, bad):
         data, theta, x, _ = draw_singular(seed, size, 3, 1.0, 0.0)
@@ -194,7 +195,7 @@ def test_problems_that_are_not_finite(size):
     check()
 
 
-@pytest.mark.parametrize("size", [2, 20, 150])
+@pytest.mark.parametrize("size", [2, 20, 60])
 def test_more_than_single_precision_can_give(size):
     @drawn(30)
     @given(SEEDS, st.floats(2, 12), st.sampled_from([1e-1, 1e-2, 1e-4]))

@@ -1,5 +1,6 @@
 """Inside `jax.shard_map`, in a process of its own: the number of devices is set at its start."""
 
+import json
 import os
 import subprocess
 import sys
@@ -124,18 +125,37 @@ refused(per_row(True), TARGETS[:2], THETAS[:2], saying="throw=False", **partly)
 }
 
 
-@pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="an older JAX: check_vma=False")
-@pytest.mark.parametrize("name", CHECKS)
-def test_in_shard_map(name):
+RUN_ALL = """
+import json, sys, traceback
+failures = {}
+for name, check in json.loads(sys.argv[1]).items():
+    try:
+        exec(check)
+    except Exception:
+        failures[name] = traceback.format_exc()
+print(json.dumps(failures))
+"""
+
+
+@pytest.fixture(scope="module")
+def failures():
+    """What failed, by name: all checks in one process, as its start takes seconds."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     source = str(Path(__file__).parent.parent / "src")
     path = os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])
-    program = PROGRAM + CHECKS[name].replace("DESCENT", DESCENT)
+    checks = {name: check.replace("DESCENT", DESCENT) for name, check in CHECKS.items()}
     run = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", PROGRAM + RUN_ALL, json.dumps(checks)],
         env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+@pytest.mark.skipif(not hasattr(jax.lax, "pcast"), reason="an older JAX: check_vma=False")
+@pytest.mark.parametrize("name", CHECKS)
+def test_in_shard_map(name, failures):
+    assert failures.get(name, "") == ""

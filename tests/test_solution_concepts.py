@@ -114,9 +114,9 @@ def test_no_step_is_flagged_where_the_minimum_is_unique(build, rtol):
     oracle = build()
     results = {}
     for start in ("predicted", "warm"):
-        method = bx.DoubleLoop(
-            bx.NewtonCG(rtol=rtol),
-            bx.Implicit(bx.linear.CG(rtol=rtol)),
+        method = bx.DoubleLoop(  # arrays: another number compiles nothing
+            bx.NewtonCG(rtol=jnp.asarray(rtol)),
+            bx.Implicit(bx.linear.CG(rtol=jnp.asarray(rtol))),
             optax.adam(0.1),
             start=start,
         )

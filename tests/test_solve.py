@@ -108,6 +108,24 @@ def test_second_call_compiles_nothing():
     assert run_chunk.num_compilations() == before + 1
 
 
+def test_a_run_traces_no_more_than_one_hypergradient():
+    """Its functions are called as often as by that, and twice more for the check of their types."""
+
+    def num_calls(run):
+        calls = []
+
+        def inner(x, theta):
+            calls.append(x)
+            return jnp.sum((x - 1.0) ** 2 + jnp.exp(theta) * x**2)
+
+        run(bx.Bilevel(inner, lambda x, theta: jnp.sum((x - 0.4) ** 2)))
+        return len(calls)
+
+    x, theta = jnp.zeros(2), jnp.zeros(2)
+    for_one = num_calls(lambda problem: bx.hypergradient(problem, x, theta))
+    assert num_calls(lambda problem: bx.solve(problem, x, theta, num_steps=3)) <= for_one + 2
+
+
 def test_tolerance_stops(game):
     method = bx.DoubleLoop(optimizer=optax.sgd(0.5))
     solution = bx.solve(

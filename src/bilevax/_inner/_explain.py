@@ -136,7 +136,9 @@ def _is_unbounded(
     inner = condition.objective
     assert inner is not None
     way = tree_sub(x, x0)
-    beyond = jnp.asarray(_BEYOND, tree_dtype(x))
+    dtype = tree_dtype(x)
+    most = float(jnp.finfo(dtype).max)  # of float16, 65504
+    beyond = jnp.asarray([t for t in _BEYOND if t < most], dtype)
     values = jax.lax.map(lambda t: inner(tree_axpy(t, way, x), theta), beyond)
     first, here = inner(x0, theta), inner(x, theta)
     is_falling = jnp.all(values[1:] < values[:-1]) | (values[-1] == -jnp.inf)

@@ -15,6 +15,7 @@ from .._inner._default import as_inner_solver
 from .._jit import lean_jit
 from .._problem import Bilevel, check_values, start_at
 from .._results import RESULTS
+from .._tree import traced
 from ._base import AbstractMethod
 from ._best import Best
 from ._evaluation import Evaluation
@@ -32,8 +33,15 @@ def init_method(problem: Bilevel, method: AbstractMethod, x0: PyTree, theta: PyT
     # Copied, because the chunks overwrite the state and the arrays are the caller's.
     x0, theta = copied((x0, theta))
     state = method.init(problem, x0, theta)
-    seen = eqx.filter_eval_shape(method.evaluate, problem, x0, state, jnp.array(True))[0]
+    seen = eqx.filter_eval_shape(_evaluate, problem, method, x0, state, jnp.array(True))[0]
     return state, Best.none(seen)
+
+
+@lean_jit  # traced for its shapes, and not again for the chunks
+def _evaluate(
+    problem: Bilevel, method: AbstractMethod, x0: PyTree, state: Any, is_last: Array
+) -> tuple[Evaluation, Any]:
+    return method.evaluate(problem, x0, state, is_last)
 
 
 def copied(tree: Any) -> Any:
@@ -63,15 +71,15 @@ def _chunk(
 
     def evaluate(dynamic: Any, is_last: Array, row: Array) -> tuple[Any, Evaluation]:
         state, best = eqx.combine(dynamic, static)
-        seen, state = method.evaluate(problem, x0, state, is_last)
+        seen, state = _evaluate(problem, method, x0, state, is_last)
         return eqx.filter((state, best.after(seen, row)), eqx.is_array), seen
 
     def step(dynamic: Any, seen: Evaluation) -> Any:
         state, best = eqx.combine(dynamic, static)
         return eqx.filter((method.step(problem, state, seen), best), eqx.is_array)
 
+    evaluate, (_, struct) = traced(evaluate, dynamic, jnp.array(True), first_row)
     # One row of numbers an evaluation: a dozen small arrays would compile to a dozen kernels.
-    struct = eqx.filter_eval_shape(evaluate, dynamic, jnp.array(True), first_row)[1]
     buffers = jax.tree_util.tree_map(
         lambda s: jnp.zeros((MAX_CHUNK, *s.shape), s.dtype), eqx.filter_eval_shape(_pack, struct)
     )
