@@ -15,7 +15,6 @@ Reference: Chambolle, "An algorithm for total variation minimization and applica
 the dual (of the isotropic variation; here it is the anisotropic one).
 """
 
-
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt

@@ -40,8 +40,8 @@ class ProximalNewton(AbstractInnerSolver):
     box this is a projected Newton method. Where an array of 1,024 entries or more has an `L1`,
     `WeightedL1` or `ElasticNet` penalty and `fn` sees it through products alone (`features @ x`),
     the search is among the entries of x and those that violate their conditions most, by their
-    columns; the adjoint system then is of these columns, too. Terms without pieces (`Nuclear`, `Own`) get the
-    proximal steps alone.
+    columns; the adjoint system then is of these columns, too. Terms without pieces (`Nuclear`,
+    `Own`) get the proximal steps alone.
 
     **Arguments:**
 
@@ -110,7 +110,9 @@ class ProximalNewton(AbstractInnerSolver):
             _, index = jax.lax.top_k(jnp.where(s.found.x != 0, jnp.inf, left), most)
             is_full = ~jnp.any(s.found.x[index] == 0)
             # What is left is compared with the tolerance of those that have been searched.
-            is_done = (s.count > 0) & (tree_norm(left) <= s.found.tolerance) & s.found.is_done
+            is_done = (
+                (s.num_selections > 0) & (tree_norm(left) <= s.found.tolerance) & s.found.is_done
+            )
             few = at.among(s.found.x, theta, index)
             inside = self._search(
                 few, s.found.x[index], theta, _TIGHTER * rtol, ~(is_done | is_full)
@@ -123,12 +125,12 @@ class ProximalNewton(AbstractInnerSolver):
                 num_products=s.found.num_products + inside.num_products,
             )
             found = tree_where(is_done | is_full, s.found, found)
-            return _Selected(found, s.count + 1, is_done, is_full)
+            return _Selected(found, s.num_selections + 1, is_done, is_full)
 
         zero, no = jnp.zeros((), jnp.int32), jnp.array(False)
         first = _Found(x0, jnp.zeros_like(tree_norm(x0)), zero, zero, no)
         last = jax.lax.while_loop(
-            lambda s: ~(s.is_done | s.is_full) & (s.count < _SELECTIONS),
+            lambda s: ~(s.is_done | s.is_full) & (s.num_selections < _SELECTIONS),
             body,
             _Selected(first, zero, no, no),
         )
@@ -220,7 +222,7 @@ class _Found(NamedTuple):
 
 class _Selected(NamedTuple):
     found: _Found
-    count: Int[Array, ""]
+    num_selections: Int[Array, ""]
     is_done: Bool[Array, ""]
     is_full: Bool[Array, ""]  # no place for another entry
 

@@ -6,7 +6,7 @@ many columns, and its gradient one product with each matrix instead of two.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,12 @@ class Predictors(NamedTuple):
 
     def columns(self, index: Int[Array, " k"]) -> list[Array]:
         """Some columns of each; zeros for an index beyond the last."""
-        take = {"mode": "fill", "fill_value": 0}
-        return [jnp.take(matrix, index, axis=-1, **take) for matrix in self.matrices]
+        return [take(matrix, index) for matrix in self.matrices]
+
+
+def take(a: Float[Array, "... p"], index: Int[Array, " k"]) -> Array:
+    """Entries along the last axis; zeros for an index beyond the last."""
+    return jnp.take(a, index, axis=-1, mode="fill", fill_value=0)
 
 
 def predictors(fn: Callable[[Array], Scalar], x: Float[Array, " p"]) -> Predictors | None:
@@ -68,7 +72,9 @@ def _run(
     known.update(zip(jaxpr.invars, args, strict=True))
 
     def read(atom: Any) -> Any:
-        return jnp.asarray(atom.val, atom.aval.dtype) if isinstance(atom, Literal) else known[atom]
+        if not isinstance(atom, Literal):
+            return known[atom]
+        return jnp.asarray(atom.val, cast(Any, atom.aval).dtype)
 
     for eqn in jaxpr.eqns:
         inputs = [read(atom) for atom in eqn.invars]
@@ -107,8 +113,7 @@ def product(most: int, matrix: Float[Array, "... p"], x: Float[Array, " p"]) -> 
 
     def from_columns() -> Array:
         (index,) = jnp.nonzero(x, size=most, fill_value=x.size)
-        take = {"mode": "fill", "fill_value": 0}
-        return jnp.take(matrix, index, axis=-1, **take) @ jnp.take(x, index, **take)
+        return take(matrix, index) @ take(x, index)
 
     return jax.lax.cond(jnp.sum(x != 0) <= most, from_columns, lambda: matrix @ x)
 

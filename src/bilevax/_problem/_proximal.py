@@ -29,7 +29,7 @@ from .._tree import (
 )
 from ._condition import AbstractCondition, check_scalar
 from ._linearised import Linearised, of_equation
-from ._predictors import Predictors, predictors, product
+from ._predictors import Predictors, predictors, product, take
 
 # By how much the power method for the largest curvature may fall short.
 _SHORT = 1.3
@@ -249,7 +249,7 @@ class ProximalMinimum(AbstractCondition):
         smooth = self.restricted(x, theta, index)
 
         def of_columns(x: Array, theta: PyTree) -> Scalar:
-            return smooth(jnp.take(x, index, mode="fill", fill_value=0), theta)
+            return smooth(take(x, index), theta)
 
         few = of_equation(self._equation(piece, of_columns), x, theta)
 

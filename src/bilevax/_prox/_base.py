@@ -45,6 +45,10 @@ class AbstractProx(OneLine, eqx.Module):
         """The piece on which the step from `z` ends; only of one that `has_pieces`."""
         raise NotImplementedError
 
+    def of_entries(self, x: Array, theta: PyTree, index: Array) -> "AbstractProx":
+        """The term of some entries of x, its settings those at theta; of one that `leaves_few`."""
+        raise NotImplementedError
+
     def gap(self, z: PyTree, step: Scalar, theta: PyTree) -> Scalar | None:
         """How far `z` is from where the step has a kink; `None` where that is not known."""
         return self.piece(z, step, theta).gap if self.has_pieces else None
@@ -200,7 +204,6 @@ class AbstractLeafwise(AbstractProx):
         return list(zip(*columns, strict=True)) if columns else [()] * len(leaves)
 
     def of_entries(self, x: Array, theta: PyTree, index: Array) -> "AbstractLeafwise":
-        """The term of some entries of x, an array, its settings those at theta."""
         ((_, settings),) = self._each(x, theta)
         chosen = [a[index] if a.shape else a for a in settings]
         return dataclasses.replace(self, **dict(zip(self.settings, chosen, strict=True)))
