@@ -262,3 +262,20 @@ def test_a_saddle_along_the_constraints_is_flagged():
             for b in (2.0, 0.2)
         ]
         assert names == ["negative_curvature", "successful"]
+
+
+def test_a_temperature_on_the_simplex():
+    """The softmax is the minimum of `-s'x + tau x'log x` where `sum(x) = 1`; closed form."""
+    seen = jnp.array([0.3, -1.0, 0.5, 0.8])
+    theta = {"s": jnp.array([1.0, 0.2, -0.5, 0.7]), "tau": jnp.array(0.6)}
+    entropy = bx.ConstrainedMinimum(
+        lambda x, t: -t["s"] @ x + t["tau"] * jnp.sum(x * jnp.log(x)),
+        equality=lambda x, t: jnp.sum(x) - 1,
+    )
+    found = outcome(entropy, lambda x, t: seen @ x, jnp.full(4, 0.25), theta)
+    assert found.result == bx.RESULTS.successful
+    exact = jax.grad(lambda t: seen @ jax.nn.softmax(t["s"] / t["tau"]))(theta)
+    np.testing.assert_allclose(found.x.x, jax.nn.softmax(theta["s"] / theta["tau"]), rtol=1e-9)
+    np.testing.assert_allclose(found.grad["s"], exact["s"], rtol=1e-9)
+    assert float(found.grad["tau"]) == pytest.approx(-0.216931451697, rel=1e-9)
+    assert float(exact["tau"]) == pytest.approx(-0.216931451697, rel=1e-11)

@@ -371,7 +371,7 @@ def _is_bent_down(kkt: Array, size: int) -> Bool[Array, ""]:
     hessian, rows = 0.5 * (kkt[:size, :size] + kkt[:size, :size].T), kkt[size:, :size]
     diagonal = jnp.abs(jnp.diagonal(hessian))
     units = jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1))
-    hessian, rows = hessian * jnp.outer(units, units), rows * units
+    hessian, rows = hessian * jnp.outer(units, units), rows * units[None]
     largest = jnp.max(jnp.abs(hessian), initial=0)
     lengths = jnp.linalg.norm(rows, axis=1, keepdims=True)
     rows /= jnp.where(lengths > 0, lengths, 1)
