@@ -450,6 +450,72 @@ def test_argmin_on_a_black_box_in_a_callback():
     np.testing.assert_allclose(batched, 2 * np.ones((2, 3)))
 
 
+# Where x has kinks, or constraints; each away from those of theta.
+COLUMNS = jnp.asarray(np.random.default_rng(0).normal(size=(30, 8)))
+SIDE = COLUMNS[:, :3].sum(axis=1) + 0.1 * jnp.sin(jnp.arange(30.0))
+PIECEWISE = {
+    "penalty": (
+        bx.ProximalMinimum(
+            lambda x, t: 0.5 * jnp.mean((COLUMNS.astype(x.dtype) @ x - SIDE.astype(x.dtype)) ** 2),
+            bx.prox.ElasticNet(lambda t: jnp.exp(t[0]), lambda t: jnp.exp(t[1])),
+        ),
+        8,
+        jnp.array([-2.0, -1.0]),
+    ),
+    "constraints": (
+        bx.QP(
+            Q=lambda t: jnp.array([[2, 0.5], [0.5, 1]], t.dtype),
+            q=lambda t: -3 * t,
+            A=lambda t: jnp.ones((1, 2), t.dtype) * t[0],
+            b=1.0,
+            G=lambda t: -jnp.eye(2, dtype=t.dtype),
+            h=0.0,
+        ),
+        2,
+        jnp.array([1.5, 1.2]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PIECEWISE)
+def test_kinks_and_constraints_pass_the_same_transformations(name):
+    """`jit`, `vmap`, `scan`, jvp against vjp, second derivatives, float32."""
+    condition, size, theta = PIECEWISE[name]
+    problem = bx.Bilevel(condition, lambda x, t: jnp.sum(jnp.sin(x)) + x[0] * t[1])
+
+    def grad(theta):
+        x0 = jnp.zeros(size, theta.dtype)
+        estimate, _ = bx.hypergradient(problem, x0, theta, throw=False)
+        return estimate.grad, estimate.result.index
+
+    x_star = bx.argmin(condition)
+
+    def value(theta):
+        return problem.outer(x_star(jnp.zeros(size, theta.dtype), theta), theta)
+
+    @jax.jit  # one program
+    def transformed(thetas):
+        _, scanned = jax.lax.scan(lambda c, theta: (c, grad(theta)), 0, thetas)
+        forward, reverse = jax.jacfwd(value)(thetas[0]), jax.grad(value)(thetas[0])
+        hessian = jax.jacfwd(jax.grad(value))(thetas[0])
+        return grad(thetas[0]), jax.vmap(grad)(thetas), scanned, forward, reverse, hessian
+
+    step = 1e-5
+    thetas = theta[None] + step * jnp.array([[0.0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
+    (jitted, result), (batched, _), (scanned, _), *derivatives = transformed(thetas)
+    assert bx.RESULTS.names()[int(result)] == "successful"
+    np.testing.assert_allclose(batched[0], jitted, rtol=1e-9)
+    np.testing.assert_allclose(scanned, batched, rtol=1e-9)
+    forward, reverse, hessian = derivatives
+    np.testing.assert_allclose(forward, jitted, rtol=1e-8)
+    np.testing.assert_allclose(reverse, jitted, rtol=1e-8)
+    differences = jnp.stack([batched[1] - batched[2], batched[3] - batched[4]]) / (2 * step)
+    np.testing.assert_allclose(hessian, differences, rtol=1e-6, atol=1e-6)
+    single, result = jax.jit(grad)(theta.astype(jnp.float32))
+    assert bx.RESULTS.names()[int(result)] == "successful" and single.dtype == jnp.float32
+    np.testing.assert_allclose(single, jitted, rtol=1e-3, atol=1e-4)
+
+
 # ---- the explicit Jacobian ------------------------------------------------------------
 
 

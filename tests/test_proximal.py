@@ -364,6 +364,9 @@ def test_the_whole_problem_is_solved_and_diagnosed():
     assert float(solution.value) < 0.9 * float(outcome(LASSO, jnp.zeros(8), jnp.log(10.0)).value)
     report = bx.check(LASSO, solution.x, solution.theta, verbose=False)
     assert report.ok, str(report)
+    rules = {"exact": bx.Implicit()}
+    compared = bx.compare(LASSO, jnp.zeros(8), solution.theta, rules=rules, verbose=False)
+    assert float(compared.rows[0].error) < 1e-6, str(compared)
 
 
 def test_what_is_no_term_is_refused():

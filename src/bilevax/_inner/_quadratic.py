@@ -82,6 +82,9 @@ class AbstractProgramSolver(AbstractInnerSolver):
         del x0, theta
         check_inequalities(condition, type(self).__name__)
 
+    def with_rtol(self, rtol: Scalar) -> "AbstractProgramSolver":
+        return eqx.tree_at(lambda s: s.rtol, self, rtol, is_leaf=lambda leaf: leaf is None)
+
     def solve(
         self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: PyTree
     ) -> tuple[InnerSolution, PyTree]:

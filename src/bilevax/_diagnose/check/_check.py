@@ -11,6 +11,7 @@ from ..._checks import check_count
 from ..._hypergradient._base import AbstractHypergradient
 from ..._hypergradient._entry import check_types
 from ..._hypergradient.implicit._implicit import Implicit
+from ..._inner._default import as_inner_solver
 from ..._inner._newton_cg import NewtonCG
 from ..._jit import standard_promotion
 from ..._linear import GMRES
@@ -121,6 +122,8 @@ def tight_solver(condition: AbstractCondition, x: PyTree) -> Any:
     tolerance = 1e-12 if tree_dtype(x) == jnp.float64 else 1e-6
     if condition.objective is not None:
         return NewtonCG(rtol=tolerance)
+    if condition.nonsmooth is not None or condition.has_inequalities:
+        return as_inner_solver(None, condition, x).with_rtol(jnp.asarray(tolerance, tree_dtype(x)))
     if tree_size(x) <= DENSE_SIZE:
         return optx.Newton(rtol=tolerance, atol=tolerance)
     linear_solver = GMRES(rtol=1e-4)
