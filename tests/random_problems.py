@@ -12,7 +12,7 @@ import bilevax as bx
 # evidence comes from iterative solvers): sizes in between repeat others, so most problems are
 # small, also because the ill-conditioned ones take seconds in 200 variables.
 # `many_random_problems.py` has more.
-NUM_EXAMPLES = dict.fromkeys((1, 2, 7, 33, 80), 200) | {200: 16, 300: 8}
+NUM_EXAMPLES = dict.fromkeys((1, 2, 7, 33, 80), 200) | {200: 8, 300: 8}
 # A factorisation does not mind a large one; conjugate gradients in double precision do.
 LOG_CONDITION = dict.fromkeys((1, 2, 7, 33, 80, 200), 8) | {300: 4}
 NUM_OUTER = 3

@@ -201,7 +201,7 @@ def layer(x, theta, w):
     return jnp.tanh(w @ x + theta)
 
 
-@pytest.mark.parametrize("size", [20, 250])  # dense, and by Lanczos and the power method
+@pytest.mark.parametrize("size", [20, 210])  # dense, and by Lanczos and the power method
 def test_the_map_of_a_fixed_point(size):
     w = np.random.default_rng(0).normal(size=(size, size)) * 0.5 / np.sqrt(size)
     x = np.zeros(size)
@@ -230,9 +230,9 @@ def distance_to_two(x, theta):
 
 
 def test_many_variables():
-    weights = np.linspace(1, 100, 100_000)
+    weights = np.linspace(1, 100, 20_000)
     problem = bx.Bilevel(weighted, distance_to_two, inner_data=weights)
-    found = check(problem, jnp.ones(100_000), jnp.asarray(0.0), num_directions=1)
+    found = check(problem, jnp.ones(20_000), jnp.asarray(0.0), num_directions=1)
     assert found.ok and found.curvature == "positive definite as far as seen"
     assert not found.is_exact and "at most" in str(found) and "at least" in str(found)
     # Ritz values lie inside, and not far from the ends of a spectrum without gaps.
