@@ -120,9 +120,13 @@ def test_total_variation_against_a_dual_solution():
 TIGHT = bx.ProximalNewton(rtol=1e-11)
 
 
+# One of each way to say what a piece is: the second derivative follows from that.
+TWICE = {"ElasticNet", "SparseGroup", "Box", "Simplex", "L2Ball", "TotalVariation1D"}
+
+
 @functools.cache
 def estimates(name):
-    """A function of x0 and theta: value, hypergradient, outcome, x, and a second derivative."""
+    """A function of x0 and theta: the estimate, hypergradient, and a second derivative."""
     problem = bx.Bilevel(bx.ProximalMinimum(loss, TERMS[name]), outer)
 
     @jax.jit
@@ -131,6 +135,8 @@ def estimates(name):
             found, _ = bx.hypergradient(problem, x0, theta, inner_solver=TIGHT, throw=False)
             return found.grad, found
 
+        if name not in TWICE:
+            return *reversed(grad(theta)), None
         (grad_, found), (curvature, _) = jax.jvp(grad, (theta,), (jnp.ones_like(theta),))
         return found, grad_, curvature
 
@@ -146,6 +152,8 @@ def test_hypergradients_and_their_derivatives_equal_differences(name):
     values = [[at(found.x, THETA + k * h * d)[0].value for k in (1, -1, 2, -2)] for d in np.eye(2)]
     expected = [(8 * (a - b) - (c - d)) / (12 * h) for a, b, c, d in values]
     np.testing.assert_allclose(grad, expected, rtol=1e-6, atol=1e-8)
+    if curvature is None:
+        return
     ends = [at(found.x, THETA + k * h)[1] for k in (1, -1, 2, -2)]
     expected = (8 * (ends[0] - ends[1]) - (ends[2] - ends[3])) / (12 * h)
     np.testing.assert_allclose(curvature, expected, rtol=1e-5, atol=1e-6)
