@@ -110,7 +110,8 @@ class Pivoted(NamedTuple):
     def weakest(self) -> tuple[Scalar, Float[Array, " d"]]:
         """The smallest singular value of the scaled matrix, relative, and its scaled direction."""
         size = self.rows.size
-        start = jnp.cos(jnp.arange(1, size + 1, dtype=self.rows.dtype) ** 2)
+        # As a number of the program: older JAX makes constants of what starts at one.
+        start = jnp.cos((1 + jnp.arange(size, dtype=self.rows.dtype)) ** 2)
 
         def step(_: Array, carry: tuple[Scalar, Array]) -> tuple[Scalar, Array]:
             left = jax.scipy.linalg.lu_solve(self.factors, carry[1], trans=1)
