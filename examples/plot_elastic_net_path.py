@@ -9,6 +9,8 @@ no column enters or leaves, it is smooth, and at the kinks between two pieces th
 so instead of returning a number.
 """
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -43,19 +45,37 @@ problem = bx.Bilevel(elastic_net, loss, outer_data=validation)
 x0 = jnp.zeros(40)
 
 # %%
-# The path in `l1`: loss, hypergradient, and differences of the loss between the points.
+# A group lasso keeps or drops columns five at a time: two groups of data, six of noise.
+
+groups = np.repeat(np.arange(8), 5)
+group_lasso = bx.ProximalMinimum(loss, bx.prox.GroupL2(lambda t: jnp.exp(t["l1"]), groups), train)
+grouped = bx.Bilevel(group_lasso, loss, outer_data=validation)
+
+# %%
+# The paths in `l1`: loss, hypergradient, and differences of the loss between the points.
 
 path = np.linspace(-7, -0.5, 200)
-found = jax.vmap(
-    lambda l1: bx.hypergradient(problem, x0, {"l1": l1, "l2": jnp.array(-4.0)}, throw=False)[0]
-)(jnp.asarray(path))
-slopes = np.gradient(np.asarray(found.value), path)
-is_right = np.asarray(found.result == bx.RESULTS.successful)
-num_columns = np.sum(np.asarray(found.x) != 0, axis=1)
-print("points of the path:", len(path))
-print("hypergradients that are flagged:", np.sum(~is_right), "(no column is left, or at a kink)")
-error = np.abs(slopes - np.asarray(found.grad["l1"]))[is_right]
-print(f"median difference from the slope of the loss: {np.median(error):.1e}")
+
+
+def along(problem):
+    """What is found along the path, the slopes of the loss, and where nothing is flagged."""
+    found = jax.vmap(
+        lambda l1: bx.hypergradient(problem, x0, {"l1": l1, "l2": jnp.array(-4.0)}, throw=False)[0]
+    )(jnp.asarray(path))
+    slopes = np.gradient(np.asarray(found.value), path)
+    return found, slopes, np.asarray(found.result == bx.RESULTS.successful)
+
+
+print("points of a path:", len(path))
+paths = {}
+for name, each in (("elastic net", problem), ("group lasso", grouped)):
+    with warnings.catch_warnings():
+        # The group lasso has no l2, and the library says so.
+        warnings.filterwarnings("ignore", "The hypergradient in", UserWarning)
+        found, slopes, is_right = paths[name] = along(each)
+    error = np.abs(slopes - np.asarray(found.grad["l1"]))[is_right]
+    print(f"{name}: {np.sum(~is_right)} flagged (no column is left, or at a kink); median ", end="")
+    print(f"difference of the others from the slope of the loss: {np.median(error):.1e}")
 
 # %%
 # Both strengths at once, from far too strong a penalty, by L-BFGS.
@@ -69,19 +89,21 @@ for name, x in (("at the start", first), ("learned", solution.x)):
     print(f"{name}: test error {2 * loss(x, None, test):.3f}, columns kept {np.sum(x != 0)} of 40")
 
 # %%
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-left.plot(path, found.value, label="validation loss")
-left.set_xlabel("logarithm of the l1 strength")
-left.set_ylabel("validation loss")
-twin = left.twinx()
-twin.step(path, num_columns, color="tab:gray", alpha=0.6, where="mid")
-twin.set_ylabel("columns kept", color="tab:gray")
-right.plot(
-    path, slopes, color="tab:orange", lw=3, alpha=0.5, label="slope of the loss (differences)"
-)
-right.plot(path[is_right], np.asarray(found.grad["l1"])[is_right], "k", lw=1, label="hypergradient")
-right.plot(path[~is_right], slopes[~is_right], "rx", ms=4, label="flagged")
-right.set_xlabel("logarithm of the l1 strength")
-right.legend(fontsize=8)
-fig.suptitle("The path of an elastic net, and its derivative")
+fig, rows = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex=True)
+for (name, (found, slopes, is_right)), (left, right) in zip(paths.items(), rows, strict=True):
+    left.plot(path, found.value)
+    left.set_ylabel("validation loss")
+    left.set_title(name)
+    twin = left.twinx()
+    num_columns = np.sum(np.asarray(found.x) != 0, axis=1)
+    twin.step(path, num_columns, color="tab:gray", alpha=0.6, where="mid")
+    twin.set_ylabel("columns kept", color="tab:gray")
+    right.plot(path, slopes, color="tab:orange", lw=3, alpha=0.5, label="slope of the loss")
+    grad = np.asarray(found.grad["l1"])
+    right.plot(path[is_right], grad[is_right], "k", lw=1, label="hypergradient")
+    right.plot(path[~is_right], slopes[~is_right], "rx", ms=4, label="flagged")
+    right.legend(fontsize=8)
+for axis in rows[-1]:
+    axis.set_xlabel("logarithm of the l1 strength")
+fig.suptitle("The paths of an elastic net and of a group lasso, and their derivatives")
 plt.show()

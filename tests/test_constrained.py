@@ -279,3 +279,20 @@ def test_a_temperature_on_the_simplex():
     np.testing.assert_allclose(found.grad["s"], exact["s"], rtol=1e-9)
     assert float(found.grad["tau"]) == pytest.approx(-0.216931451697, rel=1e-9)
     assert float(exact["tau"]) == pytest.approx(-0.216931451697, rel=1e-11)
+
+
+def test_a_barrier_tends_to_its_constraint():
+    """`theta x + x^2/2 - t log x`: closed form, and `max(-theta, 0)` as t goes to zero."""
+    softened = bx.argmin(
+        lambda x, t: t[0] * x + 0.5 * x**2 - t[1] * jnp.log(x), bx.NewtonCG(rtol=1e-12)
+    )
+    theta = jnp.array([0.3, 0.01])
+    x, slope = jax.value_and_grad(lambda t: softened(jnp.array(0.1), t))(theta)
+    assert float(x) == pytest.approx(0.0302775637732, rel=1e-9)
+    np.testing.assert_allclose(slope, [-0.0839748528311, 2.773500981126], rtol=1e-8)
+    hard = bx.argmin(
+        bx.ConstrainedMinimum(lambda x, t: t * x + 0.5 * x**2, inequality=lambda x, t: -x)
+    )
+    for value, exact in ((0.3, (0.0, 0.0)), (-0.4, (0.4, -1.0))):
+        found = jax.value_and_grad(lambda t: hard(jnp.array(0.1), t))(value)
+        np.testing.assert_allclose(found, exact, atol=1e-9)
