@@ -13,11 +13,10 @@ from jaxtyping import PyTree
 
 from .._inner._base import AbstractInnerSolver
 from .._problem import Bilevel, is_start_function, start_at
+from .._problem._fixed import reaching
 
 _BOTH = "neither the inner problem (its derivative in x) nor the outer objective depends on it"
 _NUM_NAMED = 5
-# Calls whose arguments are, one by one, those of the program inside.
-_CALLS = ("jit", "pjit", "closed_call", "remat2", "checkpoint")
 
 
 def warn_of_structure(
@@ -40,15 +39,15 @@ def warn_of_structure(
     ):  # the computation itself meets it next, and says it better
         return
     num_x = len(jtu.tree_leaves(x))
-    by_outer = _needed(outer)
+    by_outer = reaching(outer)
     if any(leaf.size for leaf in jtu.tree_leaves(x)) and not any(by_outer[:num_x]):
         _warn(
             "The outer objective does not depend on x: the inner problem plays no part in the "
             "hypergradient. `outer` is called with (x, theta), the inner solution first."
         )
     if not solver.may_use_theta:
-        uses = [_needed(inner)[num_x:], by_outer[num_x:]]
-        by_start = _needed(start) if is_start_function(x0) else [False] * len(uses[0])
+        uses = [reaching(inner)[num_x:], by_outer[num_x:]]
+        by_start = reaching(start) if is_start_function(x0) else [False] * len(uses[0])
         _warn_of_zeros(theta, uses, by_start, differentiates_start)
     for name, tree, begin in (("x0", x, 0), ("theta", theta, num_x)):
         for number, (path, leaf) in enumerate(jtu.tree_leaves_with_path(tree), begin):
@@ -87,23 +86,6 @@ def _some(names: list[str]) -> str:
 
 def _warn(text: str) -> None:
     warnings.warn(text, UserWarning, stacklevel=2)
-
-
-def _needed(jaxpr: Any, wanted: list[bool] | None = None) -> list[bool]:
-    """Which inputs reach the outputs, walking back from these."""
-    wanted = [True] * len(jaxpr.outvars) if wanted is None else wanted
-    needed = {id(v) for v, is_wanted in zip(jaxpr.outvars, wanted, strict=True) if is_wanted}
-    for equation in reversed(jaxpr.eqns):
-        results = [id(v) in needed for v in equation.outvars]
-        if not any(results):
-            continue
-        uses = [True] * len(equation.invars)
-        called = equation.params.get("jaxpr") if equation.primitive.name in _CALLS else None
-        called = getattr(called, "jaxpr", called)
-        if called is not None and len(called.invars) == len(uses):
-            uses = _needed(called, results)
-        needed |= {id(v) for v, is_used in zip(equation.invars, uses, strict=True) if is_used}
-    return [id(v) in needed for v in jaxpr.invars]
 
 
 def _warn_of_outer_product(jaxpr: Any, number: int, name: str, shape: tuple[int, ...]) -> None:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Int, PyTree, Scalar
+from jaxtyping import Array, Float, Int, PyTree, Scalar
 
+from .._results import RESULTS
 from .._tree import (
     default_rtol,
     largest_entry,
@@ -19,6 +20,7 @@ from .._tree import (
     tree_where,
     tree_zeros_like,
 )
+from ._base import LinearSolution
 
 _POWER_STEPS = 10
 
@@ -69,6 +71,26 @@ def scaled_start(
     is_guess = largest_entry(guess) > 0
     v, r = jax.lax.cond(is_guess, start_at_guess, lambda: (zero, b))
     return scale, b, v, r, is_guess.astype(jnp.int32)
+
+
+def of_order_one(matrix: Float[Array, "d e"]) -> tuple[Array, Array, Array]:
+    """`diag(rows) A diag(columns)` with entries of order one, and both diagonals."""
+    rows = _inverse(jnp.max(jnp.abs(matrix), axis=1))
+    scaled = rows[:, None] * matrix
+    columns = _inverse(jnp.max(jnp.abs(scaled), axis=0))
+    return scaled * columns[None, :], rows, columns
+
+
+def _inverse(size: Float[Array, " d"]) -> Float[Array, " d"]:
+    return 1 / jnp.where(size > 0, size, 1)
+
+
+def without_steps(
+    value: PyTree[Array], residual: Scalar, tolerance: Scalar, num_products: int, result: RESULTS
+) -> LinearSolution:
+    """The solution of a solver that factorises."""
+    no_steps, products = jnp.zeros((), jnp.int32), jnp.asarray(num_products, jnp.int32)
+    return LinearSolution(value, residual, tolerance, no_steps, products, result)
 
 
 def largest_eigenvalue(matvec: Callable[[PyTree], PyTree], b: PyTree[Array]) -> Scalar:

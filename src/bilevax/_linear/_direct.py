@@ -24,7 +24,7 @@ from .._tree import (
     working_dtype,
 )
 from ._base import AbstractDirectLinearSolver, LinearSolution
-from ._common import scaled_start
+from ._common import of_order_one, scaled_start, without_steps
 from ._in_turn import in_turn
 
 # Eigenvalues below this many rounding errors, per variable, count as zero. The columns err
@@ -131,7 +131,7 @@ class Factorised(NamedTuple):
         solver, matvec, spectrum = self.solver, self.matvec, self.spectrum
         scale, b, *_ = scaled_start(matvec, b, None)
         if spectrum is None:
-            return _solution(b, jnp.zeros(()), jnp.zeros(()), 0, RESULTS.successful)
+            return without_steps(b, jnp.zeros(()), jnp.zeros(()), 0, RESULTS.successful)
         dtype, work = tree_dtype(b), working_dtype(b)
         flat = tree_to_flat(b).astype(work)
         # What b is has no part in the factorisation: one serves a batch of them.
@@ -172,7 +172,7 @@ class Factorised(NamedTuple):
         result = RESULTS.where(is_finite, result, RESULTS.nonfinite)
         value = tree_scale(scale, flat_to_tree(value.astype(dtype), b))
         relative, tolerance = relative.astype(dtype), tolerance.astype(dtype)
-        return _solution(value, relative, tolerance, tree_size(b) + 1, result)
+        return without_steps(value, relative, tolerance, tree_size(b) + 1, result)
 
     def relative_step(self, residual: PyTree[Array], x: PyTree[Array]) -> Scalar:
         """`||A^+ r|| / ||x||` of a symmetric matrix, in the units in which its diagonal is one.
@@ -265,18 +265,12 @@ def _eigenvalues(columns: Float[Array, "d d"], dtype: Any) -> _Spectrum:
 
 def _singular_values(columns: Float[Array, "d d"], dtype: Any) -> _Spectrum:
     # `columns` is the transpose: its columns are the rows of A.
-    of_columns = _inverse(jnp.max(jnp.abs(columns), axis=1))
-    scaled = of_columns[:, None] * columns
-    of_rows = _inverse(jnp.max(jnp.abs(scaled), axis=0))
-    right, values, left = jnp.linalg.svd(scaled * of_rows[None, :])
+    scaled, of_columns, of_rows = of_order_one(columns)
+    right, values, left = jnp.linalg.svd(scaled)
     relative = _relative(columns, dtype)
     threshold = relative * jnp.max(values)
     no = jnp.zeros((), bool)
     return _Spectrum(left.T, values, right, of_rows, of_columns, relative, threshold, no)
-
-
-def _inverse(size: Float[Array, " d"]) -> Float[Array, " d"]:
-    return 1 / jnp.where(size > 0, size, 1)
 
 
 def _norm(a: Float[Array, " d"]) -> Scalar:
@@ -289,10 +283,3 @@ def _relative(columns: Float[Array, "d d"], dtype: Any) -> Scalar:
     if columns.dtype != dtype:
         relative += float(jnp.finfo(dtype).eps)
     return jnp.asarray(relative, columns.dtype)
-
-
-def _solution(
-    value: PyTree[Array], residual: Scalar, tolerance: Scalar, num_products: int, result: RESULTS
-) -> LinearSolution:
-    no_steps, products = jnp.zeros((), jnp.int32), jnp.asarray(num_products, jnp.int32)
-    return LinearSolution(value, residual, tolerance, no_steps, products, result)

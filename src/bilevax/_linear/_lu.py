@@ -19,7 +19,7 @@ from .._tree import (
     working_dtype,
 )
 from ._base import AbstractIterativeLinearSolver, LinearSolution
-from ._common import scaled_start
+from ._common import of_order_one, scaled_start, without_steps
 from ._in_turn import in_turn
 
 # Steps of the inverse power method; a start without a part in the weakest direction is unlikely.
@@ -89,10 +89,8 @@ class LU(AbstractIterativeLinearSolver):
         result = RESULTS.where(is_singular, RESULTS.singular, result)
         result = RESULTS.where(is_finite, result, RESULTS.nonfinite)
         value = tree_scale(scale, flat_to_tree(value.astype(dtype), b))
-        products = jnp.asarray(size + 1, jnp.int32)
         residual, tolerance = residual.astype(dtype), tolerance.astype(dtype)
-        none = jnp.zeros((), jnp.int32)
-        return LinearSolution(value, residual, tolerance, none, products, result)
+        return without_steps(value, residual, tolerance, size + 1, result)
 
 
 class Pivoted(NamedTuple):
@@ -127,10 +125,7 @@ class Pivoted(NamedTuple):
 
 def pivoted(matrix: Float[Array, "d d"]) -> Pivoted:
     """The LU factorisation."""
-    rows = _inverse(jnp.max(jnp.abs(matrix), axis=1))
-    scaled = rows[:, None] * matrix
-    columns = _inverse(jnp.max(jnp.abs(scaled), axis=0))
-    scaled *= columns[None, :]
+    scaled, rows, columns = of_order_one(matrix)
     norm = jnp.linalg.norm(scaled)
     factors, order = jax.scipy.linalg.lu_factor(scaled)
     # A pivot of zero would leave no number, and no direction to name.
@@ -145,7 +140,3 @@ def _solve(matrix: Float[Array, "d d"], b: Float[Array, " d"]) -> tuple[Array, S
     change = at.solve(b - matrix @ value)
     is_better = jnp.sum(change**2) <= 0.25 * jnp.sum(value**2)
     return value + jnp.where(is_better, change, 0), at.weakest()[0]
-
-
-def _inverse(size: Float[Array, " d"]) -> Float[Array, " d"]:
-    return 1 / jnp.where(size > 0, size, 1)

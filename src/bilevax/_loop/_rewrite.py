@@ -39,11 +39,7 @@ def _run(rules: Mapping[str, Rule], closed: ClosedJaxpr, *args: Any) -> list:
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
 
     def read(atom: Any) -> Any:
-        if not isinstance(atom, Literal):
-            return values[atom]
-        value, kind = atom.val, cast(Any, atom.aval)
-        # In older JAX a Python number.
-        return value if hasattr(value, "dtype") else jnp.asarray(value, kind.dtype)
+        return literal(atom) if isinstance(atom, Literal) else values[atom]
 
     for equation in jaxpr.eqns:
         operands = [read(atom) for atom in equation.invars]
@@ -53,6 +49,12 @@ def _run(rules: Mapping[str, Rule], closed: ClosedJaxpr, *args: Any) -> list:
                 results = as_it_is(equation, operands)
         values.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def literal(atom: Literal) -> Any:
+    """Its value, an array; in older JAX it may be a Python number."""
+    value, kind = atom.val, cast(Any, atom.aval)
+    return value if hasattr(value, "dtype") else jnp.asarray(value, kind.dtype)
 
 
 def as_it_is(equation: Any, operands: list) -> list:
@@ -97,9 +99,13 @@ def _closed(jaxpr: Any) -> ClosedJaxpr:
     return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
 
 
+def called(params: dict) -> ClosedJaxpr:
+    """The program that one of `CALLS` runs."""
+    return _closed(params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"])
+
+
 def _call(run: Callable, params: dict, operands: list) -> list:
-    jaxpr = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
-    return run(_closed(jaxpr), *operands)
+    return run(called(params), *operands)
 
 
 def _cond(run: Callable, params: dict, operands: list) -> list:
@@ -158,9 +164,11 @@ def _remat(run: Callable, params: dict, operands: list) -> list:
     return jax.checkpoint(lambda *args: _call(run, params, list(args)), **options)(*operands)
 
 
-# Primitives that are made of programs, and have no derivative rule of their own
+# Primitives that run one program, their operands its arguments
+CALLS = ("jit", "pjit", "closed_call", "core_call", "core_closed_call")
+# Those that are made of programs, and have no derivative rule of their own
 _STRUCTURES: dict[str, Rule] = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "core_closed_call"), _call),
+    **dict.fromkeys(CALLS, _call),
     "cond": _cond,
     "scan": _scan,
     "while": _while,

@@ -1,19 +1,17 @@
 """What does not depend on where it is evaluated: the Hessian of a quadratic function, say."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.tree_util as jtu
-from jax.extend.core import Jaxpr, Literal
 
-_CALLS = ("jit", "pjit", "closed_call")
+# Calls whose arguments are, one by one, those of the program inside.
+_CALLS = ("jit", "pjit", "closed_call", "remat2", "checkpoint")
 
 
 def is_fixed(fn: Callable[..., Any], *args: Any) -> bool:
     """Whether the value of `fn` depends on none of its arguments, as far as its program shows."""
-    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
-    return not any(_depend(jaxpr, [True] * len(jaxpr.invars)))
+    return not any(reaching(jax.make_jaxpr(fn)(*args).jaxpr))
 
 
 def once_if_fixed(fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:
@@ -24,18 +22,18 @@ def once_if_fixed(fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     return lambda *_: value
 
 
-def _depend(jaxpr: Jaxpr, moving: Sequence[bool]) -> list[bool]:
-    """Which results of a program depend on those of its arguments that move."""
-    found = {v for v, is_moving in zip(jaxpr.invars, moving, strict=True) if is_moving}
-
-    def moves(v: Any) -> bool:
-        return not isinstance(v, Literal) and v in found
-
-    for eqn in jaxpr.eqns:
-        inputs = [moves(v) for v in eqn.invars]
-        outputs = [any(inputs)] * len(eqn.outvars)
-        if any(inputs) and eqn.primitive.name in _CALLS:
-            called = [p for p in jtu.tree_leaves(list(eqn.params.values())) if hasattr(p, "jaxpr")]
-            outputs = _depend(called[0].jaxpr, inputs)
-        found |= {v for v, is_moving in zip(eqn.outvars, outputs, strict=True) if is_moving}
-    return [moves(v) for v in jaxpr.outvars]
+def reaching(jaxpr: Any, wanted: list[bool] | None = None) -> list[bool]:
+    """Which inputs reach the outputs, walking back from these."""
+    wanted = [True] * len(jaxpr.outvars) if wanted is None else wanted
+    needed = {id(v) for v, is_wanted in zip(jaxpr.outvars, wanted, strict=True) if is_wanted}
+    for equation in reversed(jaxpr.eqns):
+        results = [id(v) in needed for v in equation.outvars]
+        if not any(results):
+            continue
+        uses = [True] * len(equation.invars)
+        called = equation.params.get("jaxpr") if equation.primitive.name in _CALLS else None
+        called = getattr(called, "jaxpr", called)
+        if called is not None and len(called.invars) == len(uses):
+            uses = reaching(called, results)
+        needed |= {id(v) for v, is_used in zip(equation.invars, uses, strict=True) if is_used}
+    return [id(v) in needed for v in jaxpr.invars]

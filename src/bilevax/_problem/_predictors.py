@@ -6,18 +6,15 @@ many columns, and its gradient one product with each matrix instead of two.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Jaxpr, Literal
 from jaxtyping import Array, Float, Int, Scalar
 
-from .._loop._rewrite import as_it_is
-
-_CALLS = ("jit", "pjit", "closed_call")
+from .._loop._rewrite import CALLS, as_it_is, called, literal
 
 
 class Predictors(NamedTuple):
@@ -72,9 +69,7 @@ def _run(
     known.update(zip(jaxpr.invars, args, strict=True))
 
     def read(atom: Any) -> Any:
-        if not isinstance(atom, Literal):
-            return known[atom]
-        return jnp.asarray(atom.val, cast(Any, atom.aval).dtype)
+        return literal(atom) if isinstance(atom, Literal) else known[atom]
 
     for eqn in jaxpr.eqns:
         inputs = [read(atom) for atom in eqn.invars]
@@ -92,8 +87,8 @@ def _of_x(
     eqn: Any, inputs: list[Any], found: list[Array], products: list[Array] | None
 ) -> list[Any]:
     name = eqn.primitive.name
-    if name in _CALLS:
-        inner = next(p for p in jtu.tree_leaves(list(eqn.params.values())) if hasattr(p, "jaxpr"))
+    if name in CALLS:
+        inner = called(eqn.params)
         return _run(inner.jaxpr, inner.consts, inputs, found, products)
     if name != "dot_general" or all(a is _X for a in inputs):
         raise _UsedOtherwiseError
