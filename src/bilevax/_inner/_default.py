@@ -7,11 +7,12 @@ import optimistix as optx
 from jaxtyping import PyTree
 
 from .._problem import AbstractCondition
+from .._problem._constrained import MOST_DENSE
 from .._tree import default_rtol, tree_size
 from ._base import AbstractInnerSolver
 from ._damped_newton import DampedNewton
 from ._external import Given
-from ._interior_point import MOST_VARIABLES, InteriorPoint
+from ._interior_point import InteriorPoint
 from ._measured import AbstractMeasuredMinimiser
 from ._newton_cg import NewtonCG
 from ._optimistix import Optimistix
@@ -39,7 +40,7 @@ def _usual(condition: AbstractCondition, x0: PyTree) -> Any:
     if condition.nonsmooth is not None:
         return ProximalNewton()
     if condition.has_inequalities:
-        return InteriorPoint() if tree_size(x0) <= MOST_VARIABLES else Clarabel()
+        return InteriorPoint() if tree_size(x0) <= MOST_DENSE else Clarabel()
     return NewtonCG() if condition.objective is not None else _for_equation(condition, x0)
 
 

@@ -10,17 +10,18 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._checks import check_count, check_tolerance
-from .._linear._in_turn import in_turn
+from .._linear._in_turn import factorise
 from .._problem import AbstractCondition
+from .._problem._constrained import MOST_DENSE
 from .._problem._fixed import once_if_fixed
-from .._tree import default_rtol, tree_where
+from .._tree import default_rtol, tree_norm, tree_where
 from ._base import AbstractInnerSolver, Counts, InnerSolution, measure
 from ._quadratic import check_inequalities
 
-# Of more, dense matrices are refused.
-MOST_VARIABLES = 2_000
 # Of the way to the boundary, what a step may take.
 _FRACTION = 0.995
+# Steps that the boundary makes shorter are not corrected.
+_SHORT = 0.1
 # Of the accuracy asked for, before these.
 _ENOUGH = 0.1
 # Of the error before, what is progress; and how many steps may make none.
@@ -66,7 +67,7 @@ class InteriorPoint(AbstractInnerSolver):
     rtol: float | Scalar | None = None
     atol: float | Scalar = 0.0
     max_steps: int = 100
-    max_variables: int = MOST_VARIABLES
+    max_variables: int = MOST_DENSE
 
     def __check_init__(self) -> None:
         check_tolerance("InteriorPoint", rtol=self.rtol, atol=self.atol)
@@ -138,14 +139,8 @@ class _Program:
     def objective(self, x: Array) -> Scalar:
         return self.condition(self.back(x), self.theta)
 
-    def equations(self, x: Array) -> Array:
-        return self.condition.constraints(self.back(x), self.theta)[0].astype(x.dtype)
-
-    def inequalities(self, x: Array) -> Array:
-        return self.condition.constraints(self.back(x), self.theta)[1].astype(x.dtype)
-
     def constraints(self, x: Array) -> tuple[Array, Array]:
-        return self.equations(x), self.inequalities(x)
+        return self.condition.constraints(self.back(x), self.theta)
 
     def gradient(self, x: Array, nu: Array, mu: Array) -> Array:
         """Of the Lagrange function."""
@@ -155,7 +150,7 @@ class _Program:
     def start(self, x0: PyTree) -> _Iterate:
         x, nu, mu = (ravel_pytree(part)[0] for part in (x0.x, x0.equality, x0.inequality))
         nu, mu = nu.astype(x.dtype), mu.astype(x.dtype)
-        s = jnp.maximum(-self.inequalities(x), 1)
+        s = jnp.maximum(-self.constraints(x)[1], 1)
         zero = jnp.zeros((), jnp.int32)
         at = _Point(x, nu, jnp.maximum(mu, 1), s)
         return _Iterate(at, at, jnp.full((), jnp.inf, x.dtype), zero, zero, jnp.array(False))
@@ -167,16 +162,17 @@ class _Program:
 
         dual, hessian = self.gradient(x, nu, mu), self.hessian(x, nu, mu)
         C, G = self.derivatives(x)
-        equal, primal = self.equations(x), self.inequalities(x) + s
+        equal, less = self.constraints(x)
+        primal = less + s
         # 1. how far away is this one?
         terms = jnp.concatenate([hessian @ x, G.T @ mu, C.T @ nu, dual - G.T @ mu - C.T @ nu])
         sizes = jnp.concatenate([C @ x, G @ x, s])
-        unit = _norm(terms) / _or_one(jnp.max(jnp.abs(G), initial=0))
-        error = _norm(dual) / _or_one(_norm(terms))
-        error += _norm(jnp.concatenate([equal, primal])) / _or_one(_norm(sizes))
+        unit = tree_norm(terms) / _or_one(jnp.max(jnp.abs(G), initial=0))
+        error = tree_norm(dual) / _or_one(tree_norm(terms))
+        error += tree_norm(jnp.concatenate([equal, primal])) / _or_one(tree_norm(sizes))
         # Which of a multiplier and its slack is zero has to be seen, not only that one is small.
         of_mu = mu / _or_one(jnp.maximum(jnp.max(mu, initial=0), unit))
-        error += _norm(jnp.minimum(of_mu, s / _or_one(_norm(sizes))))
+        error += tree_norm(jnp.minimum(of_mu, s / _or_one(tree_norm(sizes))))
         is_better = error < now.error
         num_late = jnp.where(error < _SLOWER * now.error, 0, now.num_late + 1)
         best = tree_where(is_better, now.at, now.best)
@@ -200,8 +196,9 @@ class _Program:
         length = _longest((mu, s), (dmu, ds))
         ahead = jnp.sum((mu + length * dmu) * (s + length * ds)) / num
         centre = (ahead / _or_one(gap)) ** 3 * gap
-        # No more of the correction than of the step it was made for: else the iterates may cycle.
-        moves = direction(centre - jnp.where(length < 0.1, 0, 1) * dmu * ds)
+        # What the correction says of a whole step says nothing of a short one, and may lead round
+        # in circles.
+        moves = direction(centre - jnp.where(length < _SHORT, 0, dmu * ds))
         length = _longest((mu, s), moves[2:])
         new = _Point(*(a + length * d for a, d in zip(now.at, moves, strict=True)))
         is_usable = jnp.all(jnp.isfinite(jnp.concatenate(new)))
@@ -209,10 +206,6 @@ class _Program:
         is_done = (error <= enough) | (num_late >= _PATIENCE) | ~is_usable
         error = jnp.minimum(error, now.error)
         return _Iterate(new, best, error, num_late, now.num_steps + 1, is_done)
-
-
-def _norm(a: Array) -> Scalar:
-    return jnp.sqrt(jnp.sum(a**2))
 
 
 def _or_one(a: Scalar) -> Scalar:
@@ -226,16 +219,12 @@ def _solver(matrix: Array, C: Array, eps: float) -> Callable[[Array], Array]:
     downhill; with them only its part along them would have to be.
     """
     if C.shape[0] == 0:
-        factor = in_turn(_definite, len(matrix))(matrix)
+        factor = factorise(_definite, matrix)
         return lambda b: jax.scipy.linalg.cho_solve((factor, True), b)
     corner = -eps * jnp.eye(C.shape[0], dtype=C.dtype)
     block = jnp.block([[matrix, C.T], [C, corner]])
-    factors = in_turn(_lu, len(block))(block)
+    factors = factorise(jax.scipy.linalg.lu_factor, block)
     return lambda b: jax.scipy.linalg.lu_solve(factors, b)
-
-
-def _lu(matrix: Array) -> tuple[Array, Array]:
-    return jax.scipy.linalg.lu_factor(matrix)
 
 
 def _definite(matrix: Array) -> Array:

@@ -9,6 +9,7 @@ batches side by side as there are threads, all of them wait forever: two of one
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 from jaxtyping import Array, PyTree
 
@@ -35,7 +36,8 @@ def factorise(fn: Callable, *matrices: Array) -> Any:
 
     def in_work(*matrices: Array) -> Any:
         found = fn(*tree_astype(matrices, working_dtype(matrices)))
-        return tree_astype(found, tree_dtype(matrices))
+        numbers, others = eqx.partition(found, eqx.is_inexact_array)  # pivots are integers
+        return eqx.combine(tree_astype(numbers, tree_dtype(matrices)), others)
 
     return in_turn(in_work, max(max(matrix.shape) for matrix in matrices))(*matrices)
 

@@ -13,7 +13,7 @@ import lineax as lx
 from jaxtyping import Array, Bool, PyTree, Scalar
 
 from .._linear import GMRES, LU
-from .._linear._in_turn import in_turn
+from .._linear._in_turn import factorise
 from .._linear._lu import pivoted
 from .._results import RESULTS
 from .._tree import (
@@ -27,10 +27,8 @@ from .._tree import (
 )
 from ._condition import AbstractCondition, call, check_scalar
 
-# Beyond this many constraints or entries their dependence is not looked for.
-_MOST_DENSE = 2_000
-# Up to here the adjoint system is factorised, which Krylov methods need as many steps for.
-_DIRECT = _MOST_DENSE
+# Of so many variables and multipliers dense matrices are formed and factorised.
+MOST_DENSE = 2_000
 # Of the norm of the scaled KKT matrix: singular values below are of dependent constraints.
 _DEPENDENT = 1e-3
 # Of a unit vector, what may lie outside the multipliers where they alone are free.
@@ -75,7 +73,8 @@ class ConstrainedMinimum(AbstractCondition):
     **Outcomes:** `at_kink` where a constraint is weakly active (`mu` and `g` both zero): the
     derivative is one-sided. `dependent_constraints` where the derivatives of the active ones are
     dependent, so that there is no single multiplier. `infeasible` where the violation of the
-    constraints cannot be made smaller near x.
+    constraints cannot be made smaller near x. `negative_curvature` at a saddle or a maximum along
+    the active constraints.
 
     **Exact when** the pair is the solution, the active constraints are independent, and none
     is weakly active. `Estimate.x` and `solution.x` are the pair, which starts the next solve.
@@ -119,7 +118,7 @@ class ConstrainedMinimum(AbstractCondition):
                 )
 
     def default_linear_solver(self, x: PyTree) -> lx.AbstractLinearSolver:
-        return LU() if tree_size(x) <= _DIRECT else GMRES()
+        return LU() if tree_size(x) <= MOST_DENSE else GMRES()
 
     # ---- the unknown
 
@@ -146,7 +145,7 @@ class ConstrainedMinimum(AbstractCondition):
         An interior point leaves 1e-10 of what is zero: the bounds that hold and the multipliers
         of the constraints that do not.
         """
-        if not 0 < tree_size(unknown) <= _MOST_DENSE:
+        if not 0 < tree_size(unknown) <= MOST_DENSE:
             return unknown
         rounding = 100 * float(jnp.finfo(tree_dtype(unknown)).eps) * (1 + tree_norm(unknown))
 
@@ -209,10 +208,10 @@ class ConstrainedMinimum(AbstractCondition):
         return self.inequality is not None
 
     def constraints(self, x: PyTree, theta: PyTree) -> tuple[Array, Array]:
-        """The values of the equations, and of the inequalities, as vectors."""
-        fns = (self.equality, self.inequality)
+        """The values of the equations, and of the inequalities, as vectors in the dtype of x."""
+        fns, dtype = (self.equality, self.inequality), tree_dtype(x)
         values = [() if fn is None else self._of(fn, x, theta) for fn in fns]
-        equal, less = (jax.flatten_util.ravel_pytree(value)[0] for value in values)
+        equal, less = (jax.flatten_util.ravel_pytree(value)[0].astype(dtype) for value in values)
         return equal, less
 
     # ---- the equations
@@ -264,7 +263,7 @@ class ConstrainedMinimum(AbstractCondition):
     def verdict(self, x: PyTree, theta: PyTree, residual: Scalar, tolerance: Scalar) -> RESULTS:
         is_solved = residual <= tolerance
         sums = self._sums(x, theta)
-        if max(tree_size(x), 1) > _MOST_DENSE:
+        if tree_size(x) > MOST_DENSE:
             is_near = is_solved & self._is_near(x, sums, _FAR * residual)
             return RESULTS.where(is_near, RESULTS.at_kink, RESULTS.successful)
 
@@ -274,9 +273,13 @@ class ConstrainedMinimum(AbstractCondition):
         is_infeasible = self._is_contradictory(x, theta, 10 * tolerance, ~is_solved)
         found = (*(is_solved & a for a in (is_near, is_dependent, is_saddle)), is_infeasible)
         result = RESULTS.successful
-        outcomes = ("at_kink", "dependent_constraints", "negative_curvature", "infeasible")
-        for is_found, name in zip(found, outcomes, strict=True):
-            outcome = getattr(RESULTS, name)
+        outcomes = (
+            RESULTS.at_kink,
+            RESULTS.dependent_constraints,
+            RESULTS.negative_curvature,
+            RESULTS.infeasible,
+        )
+        for is_found, outcome in zip(found, outcomes, strict=True):
             result = RESULTS.where(is_found, outcome, result)
         return result
 
@@ -291,7 +294,7 @@ class ConstrainedMinimum(AbstractCondition):
     def newton_step(self, x: PrimalDual, theta: PyTree) -> PrimalDual:
         """From x to the solution for the constraints that are active, by a dense solve."""
         matrix, value, back = self._kkt(x, theta)
-        return back(in_turn(lambda a, b: -pivoted(a).solve(b), len(value))(matrix, value))
+        return back(factorise(lambda a, b: -pivoted(a).solve(b), matrix, value))
 
     def _newton(self, x: PrimalDual, theta: PyTree) -> tuple[PrimalDual, Array, Array]:
         """The Newton step; whether active constraints are dependent; whether x is no minimum."""
@@ -302,7 +305,7 @@ class ConstrainedMinimum(AbstractCondition):
             at = pivoted(matrix)
             return -at.solve(value), *at.weakest(), _is_bent_down(matrix, size)
 
-        step, weakest, direction, is_saddle = in_turn(look, len(value))(matrix, value)
+        step, weakest, direction, is_saddle = factorise(look, matrix, value)
         # A direction of the multipliers alone along which the equations do not change.
         is_theirs = jnp.linalg.norm(direction[:size]) <= _THEIRS
         limit = _DEPENDENT * float(jnp.finfo(step.dtype).eps) ** 0.25
@@ -326,8 +329,7 @@ class ConstrainedMinimum(AbstractCondition):
 
         def violation(flat: Array) -> Array:
             equal, less = self.constraints(back(flat), theta)
-            parts = (equal, jnp.maximum(less, 0))
-            return jnp.concatenate([part.astype(flat.dtype) for part in parts])
+            return jnp.concatenate([equal, jnp.maximum(less, 0)])
 
         def step(s: _Violation) -> _Violation:
             left, rows = violation(s.x), jax.jacfwd(violation)(s.x)
@@ -335,9 +337,8 @@ class ConstrainedMinimum(AbstractCondition):
             is_stuck = jnp.linalg.norm(along) <= _STUCK * jnp.linalg.norm(rows) * size
             gram = rows.T @ rows
             small = _SMALL * jnp.trace(gram) + float(jnp.finfo(gram.dtype).tiny)
-            move = in_turn(_solve_definite, flat.size)(
-                gram + small * jnp.eye(flat.size, dtype=gram.dtype), along
-            )
+            damped = gram + small * jnp.eye(flat.size, dtype=gram.dtype)
+            move = factorise(_solve_definite, damped, along)
             return _Violation(s.x - move, size, is_stuck, s.num_steps + 1)
 
         zero = jnp.zeros((), jnp.int32)
