@@ -147,26 +147,12 @@ def map_rows(
     """
     if product is None:
         like = jtu.tree_map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rows)
-        product = fn = traced(fn, like)[0]
+        product = fn = eqx.filter_closure_convert(fn, like)  # traced once for both
     if has_fourier_transform(product, like):
         return jax.lax.map(fn, rows)
     return (
         jax.vmap(fn)(rows) if batch_size is None else jax.lax.map(fn, rows, batch_size=batch_size)
     )
-
-
-def traced(fn: Callable, *example: Any) -> tuple[Callable, Any]:
-    """`fn`, traced once for all who call it with arguments like these, and what it returns.
-
-    What it returns has shapes in place of arrays.
-    """
-    closed, arrays, static = eqx.filter_make_jaxpr(fn)(*example)
-
-    def call(*args: Any) -> Any:
-        out = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *jtu.tree_leaves(args))
-        return eqx.combine(jtu.tree_unflatten(jtu.tree_structure(arrays), out), static)
-
-    return call, eqx.combine(arrays, static)
 
 
 def has_fourier_transform(fn: Callable[[PyTree], PyTree], like: PyTree) -> bool:

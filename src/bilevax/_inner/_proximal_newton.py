@@ -105,18 +105,19 @@ class ProximalNewton(AbstractInnerSolver):
         """
         most = num_columns(x0)
 
-        def body(s: _Selected) -> _Selected:
-            left = jnp.abs(at.residual(s.found.x, theta))
-            _, index = jax.lax.top_k(jnp.where(s.found.x != 0, jnp.inf, left), most)
-            is_full = ~jnp.any(s.found.x[index] == 0)
+        def is_solved(s: _Selected) -> Bool[Array, ""]:
             # What is left is compared with the tolerance of those that have been searched.
-            is_done = (
-                (s.num_selections > 0) & (tree_norm(left) <= s.found.tolerance) & s.found.is_done
-            )
-            few = at.among(s.found.x, theta, index)
-            inside = self._search(
-                few, s.found.x[index], theta, _TIGHTER * rtol, ~(is_done | is_full)
-            )
+            return s.found.is_done & (tree_norm(s.left) <= s.found.tolerance)
+
+        def is_running(s: _Selected) -> Bool[Array, ""]:
+            has_place = jnp.sum(s.found.x != 0) < most
+            return ~is_solved(s) & has_place & (s.num_selections < _SELECTIONS)
+
+        def body(s: _Selected) -> _Selected:
+            x = s.found.x
+            _, index = jax.lax.top_k(jnp.where(x != 0, jnp.inf, jnp.abs(s.left)), most)
+            few = at.among(x, theta, index)
+            inside = self._search(few, x[index], theta, _TIGHTER * rtol)
             x = jnp.zeros_like(x0).at[index].set(inside.x)
             found = inside._replace(
                 x=x,
@@ -124,30 +125,19 @@ class ProximalNewton(AbstractInnerSolver):
                 num_steps=s.found.num_steps + inside.num_steps,
                 num_products=s.found.num_products + inside.num_products,
             )
-            found = tree_where(is_done | is_full, s.found, found)
-            return _Selected(found, s.num_selections + 1, is_done, is_full)
+            return _Selected(found, at.residual(x, theta), s.num_selections + 1)
 
-        zero, no = jnp.zeros((), jnp.int32), jnp.array(False)
-        first = _Found(x0, jnp.zeros_like(tree_norm(x0)), zero, zero, no)
-        last = jax.lax.while_loop(
-            lambda s: ~(s.is_done | s.is_full) & (s.num_selections < _SELECTIONS),
-            body,
-            _Selected(first, zero, no, no),
-        )
+        zero = jnp.zeros((), jnp.int32)
+        first = _Found(x0, jnp.zeros_like(tree_norm(x0)), zero, zero, jnp.array(False))
+        start = _Selected(first, at.residual(x0, theta), zero)
+        last = jax.lax.while_loop(is_running, body, start)
         return jax.lax.cond(
-            last.is_done,
+            is_solved(last),
             lambda: last.found,
             lambda: self._search(at, last.found.x, theta, rtol),
         )
 
-    def _search(
-        self,
-        at: Any,
-        x0: PyTree,
-        theta: PyTree,
-        rtol: Scalar | float,
-        is_wanted: Bool[Array, ""] | None = None,
-    ) -> "_Found":
+    def _search(self, at: Any, x0: PyTree, theta: PyTree, rtol: Scalar | float) -> "_Found":
         steps = ProximalGradient(num_steps=_STEPS)
         residual, scale = residual_and_scale(at, x0, x0, theta)
         zero = jnp.zeros((), jnp.int32)
@@ -155,7 +145,7 @@ class ProximalNewton(AbstractInnerSolver):
             steps.start(at, x0, theta, None),
             residual,
             self.atol + rtol * jnp.maximum(scale, residual),
-            jnp.array(False) if is_wanted is None else ~is_wanted,
+            jnp.array(False),
             zero,
             zero - 1,
             zero,
@@ -222,9 +212,8 @@ class _Found(NamedTuple):
 
 class _Selected(NamedTuple):
     found: _Found
+    left: Array  # the residual, of all entries
     num_selections: Int[Array, ""]
-    is_done: Bool[Array, ""]
-    is_full: Bool[Array, ""]  # no place for another entry
 
 
 class _State(NamedTuple):

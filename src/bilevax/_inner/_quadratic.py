@@ -3,6 +3,7 @@
 import abc
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -33,14 +34,23 @@ class Matrices(NamedTuple):
     h: Float[Array, " m"]
 
 
+class _Sparse(NamedTuple):
+    """The same for a solver on the host: NumPy arrays, and matrices of SciPy."""
+
+    upper: Any  # of Q
+    q: np.ndarray
+    rows: Any  # of A, then of G
+    b: np.ndarray
+    h: np.ndarray
+
+
 def matrices(condition: Any, x0: PyTree, theta: PyTree, name: str) -> Matrices:
     """Of a condition that is a quadratic program, by its derivatives; an error elsewhere."""
     x, back = ravel_pytree(x0.x)
     gradient = jax.grad(lambda x: condition(back(x), theta))
 
-    def constraints(x: Array) -> tuple[Array, ...]:
-        values = condition.constraints(back(x), theta)
-        return tuple(part.astype(x.dtype) for part in values)
+    def constraints(x: Array) -> tuple[Array, Array]:
+        return condition.constraints(back(x), theta)
 
     hessian, derivatives = jax.jacfwd(gradient), jax.jacfwd(constraints)
     if not (is_fixed(hessian, x) and is_fixed(derivatives, x)):
@@ -167,25 +177,19 @@ class Clarabel(AbstractProgramSolver):
     settings: dict[str, Any] | None = eqx.field(default=None, static=True)
 
     def run(self, program: Matrices) -> tuple[Array, Array, Array]:
-        _imported("clarabel", "Clarabel")
-        return _on_host(self._run, program)
+        return _on_host(partial(self._run, _imported("clarabel", "Clarabel")), program)
 
-    def _run(self, Q: Any, q: Any, A: Any, b: Any, G: Any, h: Any) -> tuple[Any, Any, Any]:
-        clarabel, sparse = _imported("clarabel", "Clarabel"), _imported("scipy.sparse", "Clarabel")
+    def _run(self, clarabel: Any, at: _Sparse) -> tuple[Any, Any, Any]:
         settings = clarabel.DefaultSettings()
         settings.verbose = False
         settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = _TOLERANCE
         for name, value in (self.settings or {}).items():
             setattr(settings, name, value)
-        cones = [clarabel.ZeroConeT(len(b)), clarabel.NonnegativeConeT(len(h))]
-        upper = sparse.triu(sparse.csc_matrix(Q)).tocsc()
-        rows = sparse.csc_matrix(np.concatenate([A, G]))
-        solver = clarabel.DefaultSolver(
-            upper, q, rows, np.concatenate([b, h]), [c for c in cones if c.dim > 0], settings
-        )
-        found = solver.solve()
-        both = np.asarray(found.z)
-        return np.asarray(found.x), both[: len(b)], both[len(b) :]
+        cones = [clarabel.ZeroConeT(len(at.b)), clarabel.NonnegativeConeT(len(at.h))]
+        cones = [cone for cone in cones if cone.dim > 0]
+        sides = np.concatenate([at.b, at.h])
+        found = clarabel.DefaultSolver(at.upper, at.q, at.rows, sides, cones, settings).solve()
+        return found.x, found.z[: len(at.b)], found.z[len(at.b) :]
 
 
 class OSQP(AbstractProgramSolver):
@@ -221,11 +225,9 @@ class OSQP(AbstractProgramSolver):
     settings: dict[str, Any] | None = eqx.field(default=None, static=True)
 
     def run(self, program: Matrices) -> tuple[Array, Array, Array]:
-        _imported("osqp", "OSQP")
-        return _on_host(self._run, program)
+        return _on_host(partial(self._run, _imported("osqp", "OSQP")), program)
 
-    def _run(self, Q: Any, q: Any, A: Any, b: Any, G: Any, h: Any) -> tuple[Any, Any, Any]:
-        osqp, sparse = _imported("osqp", "OSQP"), _imported("scipy.sparse", "OSQP")
+    def _run(self, osqp: Any, at: _Sparse) -> tuple[Any, Any, Any]:
         settings = {
             "verbose": False,
             "eps_abs": _TOLERANCE,
@@ -234,23 +236,25 @@ class OSQP(AbstractProgramSolver):
             "max_iter": 20_000,
         }
         solver = osqp.OSQP()
-        upper = sparse.triu(sparse.csc_matrix(Q)).tocsc()
-        rows = sparse.csc_matrix(np.concatenate([A, G]))
-        low = np.concatenate([b, np.full(len(h), -np.inf)])
-        high = np.concatenate([b, h])
-        solver.setup(upper, q, rows, low, high, **(settings | (self.settings or {})))
+        low = np.concatenate([at.b, np.full(len(at.h), -np.inf)])
+        high = np.concatenate([at.b, at.h])
+        solver.setup(at.upper, at.q, at.rows, low, high, **(settings | (self.settings or {})))
         found = solver.solve(raise_error=False)
-        return found.x, found.y[: len(b)], np.maximum(found.y[len(b) :], 0)
+        return found.x, found.y[: len(at.b)], np.maximum(found.y[len(at.b) :], 0)
 
 
 def _on_host(run: Callable, program: Matrices) -> tuple[Array, Array, Array]:
-    """`run` of NumPy matrices in double precision, in a callback: x and its multipliers."""
+    """`run` of sparse matrices in double precision, in a callback: x and its multipliers."""
+    from scipy import sparse
+
     shapes = tuple(
         jax.ShapeDtypeStruct(part.shape, part.dtype) for part in (program.q, program.b, program.h)
     )
 
     def host(program: Matrices) -> tuple[np.ndarray, ...]:
-        found = run(*(np.asarray(part, np.float64) for part in program))
+        Q, q, A, b, G, h = (np.asarray(part, np.float64) for part in program)
+        upper = sparse.triu(Q).tocsc()
+        found = run(_Sparse(upper, q, sparse.csc_matrix(np.concatenate([A, G])), b, h))
         # What has failed may have no numbers to give.
         return tuple(
             np.asarray(part, s.dtype) if np.shape(part) == s.shape else np.full(s.shape, np.nan)

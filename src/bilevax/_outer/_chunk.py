@@ -15,7 +15,6 @@ from .._inner._default import as_inner_solver
 from .._jit import lean_jit
 from .._problem import Bilevel, check_values, start_at
 from .._results import RESULTS
-from .._tree import traced
 from ._base import AbstractMethod
 from ._best import Best
 from ._evaluation import Evaluation
@@ -78,7 +77,9 @@ def _chunk(
         state, best = eqx.combine(dynamic, static)
         return eqx.filter((method.step(problem, state, seen), best), eqx.is_array)
 
-    evaluate, (_, struct) = traced(evaluate, dynamic, jnp.array(True), first_row)
+    example = (dynamic, jnp.array(True), first_row)
+    evaluate = eqx.filter_closure_convert(evaluate, *example)  # traced once
+    struct = eqx.filter_eval_shape(evaluate, *example)[1]
     # One row of numbers an evaluation: a dozen small arrays would compile to a dozen kernels.
     buffers = jax.tree_util.tree_map(
         lambda s: jnp.zeros((MAX_CHUNK, *s.shape), s.dtype), eqx.filter_eval_shape(_pack, struct)

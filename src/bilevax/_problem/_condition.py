@@ -28,7 +28,7 @@ class AbstractCondition(OneLine, eqx.Module):
 
     fn: eqx.AbstractVar[Callable]
     if TYPE_CHECKING:
-        # They take an abstract variable for an argument, which would be the second.
+        # Type checkers take an abstract variable for an argument, which would be the second.
         @property
         def data(self) -> PyTree: ...
     else:

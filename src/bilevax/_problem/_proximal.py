@@ -171,11 +171,9 @@ class ProximalMinimum(AbstractCondition):
 
     def among(self, x: Array, theta: PyTree, index: Int[Array, " k"]) -> "ProximalMinimum":
         """The problem in some entries of x, all others zero."""
-        fn, prox = (
-            self.restricted(x, theta, index),
-            self.prox.of_entries(x, self._at(x, theta), index),
-        )
-        return ProximalMinimum(fn, prox).with_step_at(x[index], theta)
+        prox = self.prox.of_entries(x, self._at(x, theta), index)
+        few = ProximalMinimum(self.restricted(x, theta, index), prox)
+        return few.with_step_at(x[index], theta)
 
     def with_step_at(self, x: PyTree, theta: PyTree) -> "ProximalMinimum":
         """The same, the step size measured once and for all."""
@@ -220,6 +218,7 @@ class ProximalMinimum(AbstractCondition):
         return self._equation(piece, self)
 
     def _equation(self, piece: Piece, fn: Callable) -> Callable[[PyTree, PyTree], PyTree]:
+        """The same, `fn` written otherwise."""
 
         def on_piece(x: PyTree, theta: PyTree) -> PyTree:
             placed = self.placed(piece, x, theta)
