@@ -1,6 +1,7 @@
 """A primal-dual interior point method: for minima under constraints, of moderate size."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -219,7 +220,7 @@ def _solver(matrix: Array, C: Array, eps: float) -> Callable[[Array], Array]:
     downhill; with them only its part along them would have to be.
     """
     if C.shape[0] == 0:
-        factor = factorise(_definite, matrix)
+        factor = _definite(matrix)
         return lambda b: jax.scipy.linalg.cho_solve((factor, True), b)
     corner = -eps * jnp.eye(C.shape[0], dtype=C.dtype)
     block = jnp.block([[matrix, C.T], [C, corner]])
@@ -228,11 +229,14 @@ def _solver(matrix: Array, C: Array, eps: float) -> Callable[[Array], Array]:
 
 
 def _definite(matrix: Array) -> Array:
-    """The Cholesky factor of the matrix plus the first shift that makes it definite."""
+    """The Cholesky factor of the matrix plus the first shift that makes it definite.
+
+    The loop is around the factorisations of a batch, and mostly takes no step.
+    """
     largest = jnp.max(jnp.abs(matrix))
 
     def factor(matrix: Array) -> Array:
-        return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+        return factorise(partial(jax.lax.linalg.cholesky, symmetrize_input=False), matrix)
 
     def step(carry: tuple[Scalar, Array]) -> tuple[Scalar, Array]:
         shift = jnp.where(carry[0] > 0, 10 * carry[0], _FIRST_SHIFT * largest)
