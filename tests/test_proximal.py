@@ -375,6 +375,8 @@ def test_the_whole_problem_is_solved_and_diagnosed():
     rules = {"exact": bx.Implicit()}
     compared = bx.compare(LASSO, jnp.zeros(8), solution.theta, rules=rules, verbose=False)
     assert float(compared.rows[0].error) < 1e-6, str(compared)
+    advice = bx.recommend(LASSO, jnp.zeros(8), solution.theta)
+    assert isinstance(advice.rule, bx.Implicit), str(advice)
 
 
 def test_what_is_no_term_is_refused():
