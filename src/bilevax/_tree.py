@@ -10,6 +10,7 @@ import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Bool, PyTree, Scalar
 
 
@@ -147,12 +148,19 @@ def map_rows(
     """
     if product is None:
         like = jtu.tree_map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rows)
-        product = fn = eqx.filter_closure_convert(fn, like)  # traced once for both
+        product = fn = _traced(fn, like)  # once for both
     if has_fourier_transform(product, like):
         return jax.lax.map(fn, rows)
     return (
         jax.vmap(fn)(rows) if batch_size is None else jax.lax.map(fn, rows, batch_size=batch_size)
     )
+
+
+def _traced(fn: Callable[[PyTree], PyTree], like: PyTree) -> Callable[[PyTree], PyTree]:
+    # Equinox' closure conversion compares types, and in `jax.shard_map` a row has another one.
+    program, out = jax.make_jaxpr(fn, return_shape=True)(like)
+    call, structure = jaxpr_as_fun(program), jtu.tree_structure(out)
+    return lambda row: jtu.tree_unflatten(structure, call(*jtu.tree_leaves(row)))
 
 
 def has_fourier_transform(fn: Callable[[PyTree], PyTree], like: PyTree) -> bool:
