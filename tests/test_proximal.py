@@ -18,6 +18,7 @@ Y = X[:, [0, 3, 4, 5]] @ np.array([2.0, -1.5, 1.0, 1.2]) + 0.3 * RANDOM.normal(s
 SHIFT = RANDOM.normal(size=SIZE)
 GROUPS = np.repeat(np.arange(4), 3)
 THETA = jnp.array([0.1, 0.3])
+TIGHT = bx.ProximalNewton(rtol=1e-11)
 
 
 def loss(x, theta):
@@ -115,10 +116,87 @@ def test_total_variation_against_a_dual_solution():
         np.testing.assert_allclose(x, z - D.T @ u, atol=1e-6)
 
 
+# Optax' projections promote types. Ours are written anew for the piece, and for strict types.
+WEIGHTS = jnp.array([1.0, -2.0, 0.5, 1.0])
+Z4 = jnp.array([0.9, 0.4, -0.3, 0.35])
+NAMES = ("l1_ball", "l2_ball", "linf_ball", "simplex", "l2_sphere", "halfspace")
+PROJECTIONS = {name: getattr(optax.projections, f"projection_{name}") for name in NAMES}
+PROJECTIONS["halfspace"] = functools.partial(PROJECTIONS["halfspace"], a=WEIGHTS)
+
+
+def on_optax_set(name):
+    """Nearest to `z + theta`, in units of their own, on the set of size theta."""
+
+    def prox(z, step, theta):
+        del step
+        size = {"b": theta} if name == "halfspace" else {"scale": theta}
+        return PROJECTIONS[name](z, **size)
+
+    def distance(x, theta):
+        return 0.5 * jnp.sum(jnp.array([1.0, 2.0, 1.0, 3.0]) * (x - Z4 - 0.1 * theta) ** 2)
+
+    condition = bx.ProximalMinimum(distance, bx.prox.Own(lambda x, t: jnp.zeros(()), prox))
+    return bx.Bilevel(condition, lambda x, theta: jnp.sum(jnp.sin(WEIGHTS * x)))
+
+
+@pytest.mark.parametrize("name", ["l1_ball", "linf_ball", "l2_sphere", "halfspace"])
+def test_a_set_of_optax(name):
+    problem = on_optax_set(name)
+
+    def at(theta):
+        options = {"inner_solver": TIGHT, "throw": False}
+        return bx.hypergradient(problem, jnp.full(4, 0.1), theta, **options)[0]
+
+    with jax.numpy_dtype_promotion("standard"):
+        found = jax.jit(jax.vmap(at))(0.3 + 1e-4 * jnp.arange(-1.0, 2.0))
+    assert bool(jnp.all(found.result == bx.RESULTS.successful))
+    expected = (found.value[2] - found.value[0]) / 2e-4
+    np.testing.assert_allclose(found.grad[1], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["l1_ball", "l2_ball", "simplex"])
+def test_our_sets_are_those_of_optax(name):
+    """Values and derivatives, on both sides of a kink and inside."""
+    term = {"l1_ball": bx.prox.L1Ball, "l2_ball": bx.prox.L2Ball, "simplex": bx.prox.Simplex}[name]
+
+    def ours(z, size):
+        return term(lambda t: t).prox(z, 1.0, size)
+
+    for size in (0.2, 0.9 - 0.4, 0.51, 1.7, 2.5):
+        primals, tangents = (Z4, jnp.asarray(size)), (WEIGHTS, jnp.asarray(1.0))
+        with jax.numpy_dtype_promotion("standard"):
+            expected = jax.jvp(PROJECTIONS[name], primals, tangents)
+        found = jax.jvp(ours, primals, tangents)
+        np.testing.assert_allclose(found[0], expected[0], atol=1e-14)
+        if size != 0.9 - 0.4:  # there the second entry leaves zero: one-sided, either side
+            np.testing.assert_allclose(found[1], expected[1], atol=1e-13)
+
+
+def test_a_kink_of_a_set_of_optax():
+    wish = jnp.array([1.0, 1.5, 0.7])
+    prices = jnp.ones(3)
+
+    def prox(z, step, theta):
+        del step
+        return optax.projections.projection_halfspace(z, prices, theta)
+
+    def distance(x, theta):
+        del theta
+        return 0.5 * jnp.sum((x - wish) ** 2)
+
+    condition = bx.ProximalMinimum(distance, bx.prox.Own(lambda x, t: jnp.zeros(()), prox))
+    problem = bx.Bilevel(condition, lambda x, theta: jnp.sum(x))
+    for budget, name, grad in (
+        (3.1, "successful", 1.0),
+        (3.2, "at_kink", None),
+        (3.3, "successful", 0.0),
+    ):
+        found, _ = bx.hypergradient(problem, wish, jnp.asarray(budget), throw=False)
+        assert found.result == name
+        assert grad is None or float(found.grad) == pytest.approx(grad, abs=1e-9)
+
+
 # ---- hypergradients ------------------------------------------------------------------
-
-TIGHT = bx.ProximalNewton(rtol=1e-11)
-
 
 # One of each way to say what a piece is: the second derivative follows from that.
 TWICE = {"ElasticNet", "SparseGroup", "Box", "Simplex", "L2Ball", "TotalVariation1D"}

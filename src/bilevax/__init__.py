@@ -22,6 +22,7 @@ from ._inner._newton_cg import NewtonCG as NewtonCG
 from ._inner._lbfgs import LBFGS as LBFGS
 from ._inner._descent import Descent as Descent
 from ._inner._proximal_gradient import ProximalGradient as ProximalGradient
+from ._inner._coordinate_descent import CoordinateDescent as CoordinateDescent
 from ._inner._proximal_newton import ProximalNewton as ProximalNewton
 from ._inner._interior_point import InteriorPoint as InteriorPoint
 from ._inner._quadratic import (

@@ -50,7 +50,7 @@ def as_written(choice: Any) -> str:
 
 def _prefix(cls: type) -> str:
     package = cls.__module__.split(".")[1]
-    return f"bx.{package[1:]}." if package in ("_linear", "_precondition") else "bx."
+    return f"bx.{package[1:]}." if package in ("_linear", "_precondition", "_prox") else "bx."
 
 
 def shown(value: Any) -> str:

@@ -66,6 +66,14 @@ def where_needed(
     return jax.lax.while_loop(lambda carry: carry[0], body, (is_needed, otherwise))[1]
 
 
+def tree_jump(fn: Callable[[PyTree], PyTree], x: PyTree, d: PyTree) -> Scalar:
+    """`||g(x + d) - g(x - d) - 2 g'(x) d||`: of third order in `d`, unless g jumps there."""
+    product = jax.jvp(fn, (x,), (d,))[1]
+    both = jax.lax.map(fn, jtu.tree_map(lambda a, s: jnp.stack([a + s, a - s]), x, d))
+    change = jtu.tree_map(lambda g: g[0] - g[1], both)
+    return tree_norm(tree_axpy(-2.0, product, change))
+
+
 def tree_all_finite(a: PyTree) -> Bool[Array, ""]:
     """Whether every entry of every floating-point leaf is finite."""
     leaves = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(a) if eqx.is_inexact_array(x)]

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Scalar
 
-from .._checks import check_positive, check_step_size, check_tolerance
+from .._checks import check_step_size
 from .._problem import AbstractCondition
 from .._tree import stop_gradient, tree_axpy, tree_dot, tree_norm, tree_sub, tree_where
-from ._base import AbstractSteppingSolver, Counts, InnerSolution, measure, residual_and_scale, run
+from ._proximal_steps import AbstractProximalSteps, proximal
 
 
-class ProximalGradient(AbstractSteppingSolver):
+class ProximalGradient(AbstractProximalSteps):
     """Accelerated proximal gradient steps, for `bx.ProximalMinimum`.
 
         x_{k+1} = prox(y_k - s grad fn(y_k), s),    y_{k+1} = x_{k+1} + beta_k (x_{k+1} - x_k)
@@ -66,36 +66,16 @@ class ProximalGradient(AbstractSteppingSolver):
         step_size: float | Scalar | None = None,
         accelerated: bool = True,
     ) -> None:
-        check_positive(num_steps, "num_steps")
-        check_tolerance("ProximalGradient", rtol=rtol, atol=atol)
         check_step_size("ProximalGradient", step_size)
         self.num_steps = num_steps
         self.rtol = rtol
         self.atol = atol
         self.step_size = step_size
         self.accelerated = accelerated
+        self.check()
 
-    @property
-    def max_steps(self) -> int:
-        return self.num_steps
-
-    @property
-    def is_fixed_length(self) -> bool:
-        return self.rtol is None and self.atol is None
-
-    def with_rtol(self, rtol: Scalar) -> "ProximalGradient | None":
-        if self.is_fixed_length:
-            return None
-        return eqx.tree_at(lambda s: s.rtol, self, rtol, is_leaf=lambda leaf: leaf is None)
-
-    def endless(self, carry: PyTree[Array]) -> tuple["ProximalGradient", PyTree[Array]]:
-        endless = eqx.tree_at(
-            lambda s: (s.rtol, s.atol), self, (None, None), is_leaf=lambda leaf: leaf is None
-        )
-        return endless, carry
-
-    def init(self, condition: AbstractCondition, x0: PyTree, theta: PyTree) -> PyTree:
-        del condition, x0, theta
+    def prepared(self, condition: Any, x0: PyTree, theta: PyTree) -> tuple[Any, Any]:
+        return self, condition.with_step_at(x0, theta)
 
     def start(
         self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: PyTree
@@ -103,10 +83,7 @@ class ProximalGradient(AbstractSteppingSolver):
         del state
         x0, theta, fixed = stop_gradient((x0, theta, proximal(condition, type(self).__name__)))
         step = fixed.step_at(x0, theta) if self.step_size is None else self.step_size
-        tolerance = jnp.zeros_like(tree_norm(x0))
-        if not self.is_fixed_length:
-            residual, scale = residual_and_scale(fixed, x0, x0, theta)
-            tolerance = self._tolerance(jnp.maximum(scale, residual))
+        tolerance = self.tolerance_at_start(fixed, x0, theta)
         one = jnp.ones_like(tree_norm(x0))
         return x0, x0, one, one * step, tolerance, jnp.array(False)
 
@@ -138,43 +115,6 @@ class ProximalGradient(AbstractSteppingSolver):
         # 3. the end
         if not self.is_fixed_length:
             residual = tree_norm(seen) / step
-            is_small = is_short & (residual <= tolerance)
-            # What the start let guess is measured where it decides.
-            tolerance = jax.lax.cond(
-                is_small,
-                lambda: self._tolerance(residual_and_scale(fixed, at, at, fixed_theta)[1]),
-                lambda: tolerance,
-            )
-            done = is_small & (residual <= tolerance)
+            tolerance, done = self.judged(fixed, at, fixed_theta, residual, tolerance, is_short)
         step = jnp.where(is_short, step, 0.5 * step)
         return new_x, new_y, momentum, step, tolerance, done
-
-    def is_done(self, carry: PyTree[Array]) -> Array | bool:
-        return False if self.is_fixed_length else carry[5]
-
-    def finish(self, condition: AbstractCondition, carry: PyTree[Array]) -> tuple[PyTree, PyTree]:
-        del condition
-        return carry[0], None
-
-    def solve(
-        self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: PyTree
-    ) -> tuple[InnerSolution, PyTree]:
-        condition = proximal(condition, type(self).__name__).with_step_at(x0, theta)
-        carry, count = run(self, condition, theta, self.start(condition, x0, theta, state))
-        x, _ = self.finish(condition, carry)
-        counts = Counts(gradients=2 * count)
-        return measure(condition, x, x0, theta, self.rtol, self.atol, count, counts), None
-
-    def _tolerance(self, scale: Scalar) -> Scalar:
-        rtol = 0.0 if self.rtol is None else self.rtol
-        return (0.0 if self.atol is None else self.atol) + rtol * scale
-
-
-def proximal(condition: AbstractCondition, name: str) -> Any:
-    """The condition, if it is a minimum with a proximal step."""
-    if condition.nonsmooth is None:
-        raise TypeError(
-            f"`{name}` takes the steps of a bx.ProximalMinimum(fn, prox); the inner problem is a "
-            f"{type(condition).__name__}. Use bx.NewtonCG() or bx.LBFGS() for a smooth minimum."
-        )
-    return condition

@@ -13,7 +13,8 @@ from .._problem import AbstractCondition
 from .._problem._proximal import newton_solver, num_columns
 from .._tree import default_rtol, tree_axpy, tree_norm, tree_where
 from ._base import AbstractInnerSolver, Counts, InnerSolution, measure, residual_and_scale
-from ._proximal_gradient import ProximalGradient, proximal
+from ._proximal_gradient import ProximalGradient
+from ._proximal_steps import proximal
 
 # Between two attempts of Newton's method.
 _STEPS = 10

@@ -277,10 +277,8 @@ class ProximalMinimum(AbstractCondition):
         is_solved = residual <= tolerance
         rounding = _NEAR * float(jnp.finfo(step.dtype).eps) * tree_norm(z)
         if not self.prox.has_pieces:
-            gap = self.prox.gap(z, step, at)
-            if gap is None:
-                return RESULTS.successful
-            is_near = is_solved & (gap <= _FAR * step * residual + rounding)
+            distance = _FAR * step * residual + rounding
+            is_near = is_solved & self.prox.is_near_kink(z, step, at, distance)
             return RESULTS.where(is_near, RESULTS.at_kink, RESULTS.successful)
         piece = self.prox.piece(z, step, at)
         # 1. a solution: is its piece that of the Newton point, which is nearer to it?

@@ -32,6 +32,8 @@ class AbstractProx(OneLine, eqx.Module):
     is_penalty: ClassVar[bool] = False
     # Whether what it holds of one array is held at zero, entry by entry, and may be almost all.
     leaves_few: ClassVar[bool] = False
+    # Whether it is a sum of terms of one entry each.
+    is_separable: ClassVar[bool] = False
 
     @abc.abstractmethod
     def value(self, x: PyTree, theta: PyTree) -> Scalar:
@@ -49,9 +51,11 @@ class AbstractProx(OneLine, eqx.Module):
         """The term of some entries of x, its settings those at theta; of one that `leaves_few`."""
         raise NotImplementedError
 
-    def gap(self, z: PyTree, step: Scalar, theta: PyTree) -> Scalar | None:
-        """How far `z` is from where the step has a kink; `None` where that is not known."""
-        return self.piece(z, step, theta).gap if self.has_pieces else None
+    def is_near_kink(
+        self, z: PyTree, step: Scalar, theta: PyTree, distance: Scalar
+    ) -> Bool[Array, ""]:
+        """Whether the step from `z` has a kink so near."""
+        return self.piece(z, step, theta).gap <= distance
 
     def map_functions(self, wrap: Callable[[Callable], Callable]) -> "AbstractProx":
         """The same with other functions of theta: `wrap` of each."""
@@ -94,6 +98,8 @@ def at_point(x: PyTree, theta: PyTree) -> At:
 class OfTheta(eqx.Module):
     """A setting that is a function of theta, called like the objective."""
 
+    stands_for: ClassVar[str] = "fn"
+
     fn: Callable
 
     def __call__(self, at: At) -> Any:
@@ -103,10 +109,14 @@ class OfTheta(eqx.Module):
 class Apart(eqx.Module):
     """A function that is not called like the objective: it may close over no traced value."""
 
+    stands_for: ClassVar[str] = "fn"
+
     fn: Callable
 
 
 class _WithoutX(eqx.Module):
+    stands_for: ClassVar[str] = "fn"
+
     fn: Callable
 
     def __call__(self, x: PyTree, theta: PyTree, *data: PyTree) -> Any:

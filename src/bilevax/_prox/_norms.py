@@ -60,6 +60,7 @@ class L1(AbstractLeafwise):
     settings: ClassVar[tuple[str, ...]] = ("strength",)
     is_penalty: ClassVar[bool] = True
     leaves_few: ClassVar[bool] = True
+    is_separable: ClassVar[bool] = True
 
     strength: PyTree = setting(1.0)
 
@@ -95,6 +96,7 @@ class WeightedL1(AbstractLeafwise):
     settings: ClassVar[tuple[str, ...]] = ("strength", "weights")
     is_penalty: ClassVar[bool] = True
     leaves_few: ClassVar[bool] = True
+    is_separable: ClassVar[bool] = True
 
     strength: PyTree = setting(1.0)
     weights: PyTree = setting(1.0)
@@ -136,6 +138,7 @@ class ElasticNet(AbstractLeafwise):
     settings: ClassVar[tuple[str, ...]] = ("l1", "l2")
     is_penalty: ClassVar[bool] = True
     leaves_few: ClassVar[bool] = True
+    is_separable: ClassVar[bool] = True
 
     l1: PyTree = setting(1.0)
     l2: PyTree = setting(1.0)

@@ -1,13 +1,15 @@
 """The nuclear norm, and terms of the user's own."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import Array, Bool, PyTree, Scalar
 
+from .._tree import stop_gradient, tree_jump, tree_norm, tree_scale, weights_like
 from ._base import (
     AbstractLeafwise,
     AbstractProx,
@@ -19,6 +21,9 @@ from ._base import (
     setting,
 )
 from ._sets import Box
+
+# A jump of this part of the length of a direction is neither rounding nor curvature.
+_JUMP = 1e-3
 
 
 class Nuclear(AbstractLeafwise):
@@ -60,13 +65,14 @@ class Nuclear(AbstractLeafwise):
     def piece_of_leaf(self, z: Array, step: Scalar, at: Settings) -> LeafPiece:
         raise NotImplementedError
 
-    def gap(self, z: PyTree, step: Scalar, theta: PyTree) -> Scalar:
-        def of_leaf(leaf: Array, strength: Array) -> Scalar:
-            values = jnp.linalg.svd(leaf, compute_uv=False)
-            gap = jnp.min(jnp.abs(values - step * strength), initial=jnp.inf)
-            return jnp.where(strength > 0, gap, jnp.inf)
+    def is_near_kink(
+        self, z: PyTree, step: Scalar, theta: PyTree, distance: Scalar
+    ) -> Bool[Array, ""]:
+        def of_leaf(leaf: Array, strength: Array) -> Bool[Array, ""]:
+            gaps = jnp.abs(jnp.linalg.svd(leaf, compute_uv=False) - step * strength)
+            return (strength > 0) & jnp.any(gaps <= distance)
 
-        return jnp.min(jnp.stack([of_leaf(a, *at) for a, at in self._each(z, theta)]))
+        return jnp.any(jnp.stack([of_leaf(a, *at) for a, at in self._each(z, theta)]))
 
     def _check_shapes(self, leaves: list[Array], columns: list[list[Array]]) -> None:
         for leaf, strength in zip(leaves, columns[0], strict=True):
@@ -124,7 +130,9 @@ class Own(AbstractProx):
         beside `z` and `step` comes in theta: it may close over constants only.
 
     The adjoint system is that of the proximal step, which is not symmetric (`GMRES` by
-    default).
+    default). `at_kink` is said where the derivative of the step jumps within the error of x. A
+    set is one whose value is zero and whose step a projection, such as those of
+    `optax.projections`.
 
     !!! example
 
@@ -158,6 +166,24 @@ class Own(AbstractProx):
     def prox(self, z: PyTree, step: Scalar, theta: PyTree) -> PyTree:
         return self.prox_fn.fn(z, step, at_point(z, theta).theta)
 
+    def is_near_kink(
+        self, z: PyTree, step: Scalar, theta: PyTree, distance: Scalar
+    ) -> Bool[Array, ""]:
+        """Whether the derivative of the step jumps between two points around `z`."""
+        z, step, theta = stop_gradient((z, step, theta))
+
+        def derivative(z: PyTree, direction: PyTree) -> PyTree:
+            return jax.jvp(lambda z: self.prox(z, step, theta), (z,), (direction,))[1]
+
+        def jumps(first: int) -> Bool[Array, ""]:
+            direction = jtu.tree_map(partial(weights_like, first=first), z)
+            jump = tree_jump(
+                partial(derivative, direction=direction), z, tree_scale(distance, direction)
+            )
+            return jump > _JUMP * tree_norm(direction)
+
+        return jumps(0) | jumps(1)  # one may be along the kink
+
 
 class PerLeaf(AbstractProx):
     """Another term for each part of x.
@@ -175,6 +201,10 @@ class PerLeaf(AbstractProx):
     @property
     def is_penalty(self) -> bool:
         return any(term.is_penalty for term in self._split()[0])
+
+    @property
+    def is_separable(self) -> bool:
+        return all(term.is_separable for term in self._split()[0])
 
     def _split(self) -> tuple[list[AbstractProx], Any]:
         terms, structure = jtu.tree_flatten(self.terms, is_leaf=_is_term)
@@ -231,11 +261,12 @@ class PerLeaf(AbstractProx):
             [p.tag for p in pieces],
         )
 
-    def gap(self, z: PyTree, step: Scalar, theta: PyTree) -> Scalar | None:
+    def is_near_kink(
+        self, z: PyTree, step: Scalar, theta: PyTree, distance: Scalar
+    ) -> Bool[Array, ""]:
         at = at_point(z, theta)
-        gaps = [term.gap(part, step, at) for term, part in self._parts(z)]
-        known = [gap for gap in gaps if gap is not None]
-        return jnp.min(jnp.stack(known)) if len(known) == len(gaps) else None
+        near = [term.is_near_kink(part, step, at, distance) for term, part in self._parts(z)]
+        return jnp.any(jnp.stack(near))
 
 
 def _is_term(node: Any) -> bool:

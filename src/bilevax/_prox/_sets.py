@@ -38,6 +38,7 @@ class Box(_AbstractSet):
     """
 
     settings: ClassVar[tuple[str, ...]] = ("lower", "upper")
+    is_separable: ClassVar[bool] = True
 
     lower: PyTree = setting(-jnp.inf)
     upper: PyTree = setting(jnp.inf)
