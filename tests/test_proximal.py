@@ -62,7 +62,7 @@ SETS = {"Box", "NonNegative", "Simplex", "L1Ball", "L2Ball"}
 
 
 def start(name):
-    return jnp.full((4, 3) if name == "Nuclear" else (SIZE,), 0.1)
+    return 0.1 * jnp.ones((4, 3) if name == "Nuclear" else (SIZE,))
 
 
 # ---- the terms themselves ------------------------------------------------------------

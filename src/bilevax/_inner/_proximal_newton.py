@@ -140,12 +140,11 @@ class ProximalNewton(AbstractInnerSolver):
 
     def _search(self, at: Any, x0: PyTree, theta: PyTree, rtol: Scalar | float) -> "_Found":
         steps = ProximalGradient(num_steps=_STEPS)
-        residual, scale = residual_and_scale(at, x0, x0, theta)
-        zero = jnp.zeros((), jnp.int32)
+        zero, none = jnp.zeros((), jnp.int32), jnp.zeros_like(tree_norm(x0))
         first = _State(
             steps.start(at, x0, theta, None),
-            residual,
-            self.atol + rtol * jnp.maximum(scale, residual),
+            none,
+            none,
             jnp.array(False),
             zero,
             zero - 1,
@@ -176,21 +175,16 @@ class ProximalNewton(AbstractInnerSolver):
                 num_products += found.num_products
                 restarted = (found.x, found.x, jnp.ones_like(carry[2]), *carry[3:])
                 carry = tree_where(found.is_better, restarted, carry)
-                is_settled = found.is_settled | (found.residual <= _FLOOR * s.tolerance)
-                x, residual = found.x, found.residual
-            # 3. not before Newton's method agrees, with patience. What the start let guess of the
-            # tolerance is measured where it decides.
-            is_small = residual <= s.tolerance
-            tolerance = jax.lax.cond(
-                is_small,
-                lambda: self.atol + rtol * residual_and_scale(at, x, x0, theta)[1],
-                lambda: s.tolerance,
-            )
+                x, residual, is_settled = found.x, found.residual, found.is_settled
+            # 3. not before Newton's method agrees, with patience
+            tolerance = self.atol + rtol * residual_and_scale(at, x, x0, theta)[1]
+            is_small = residual <= tolerance
+            is_settled |= residual <= _FLOOR * tolerance
             return _State(
                 carry,
                 residual,
                 tolerance,
-                is_small & (residual <= tolerance) & (is_settled | (s.num_small >= _PATIENCE)),
+                is_small & (is_settled | (s.num_small >= _PATIENCE)),
                 s.num_small + is_small.astype(jnp.int32),
                 num_free,
                 s.num_steps + _STEPS,
