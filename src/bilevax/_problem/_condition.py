@@ -138,8 +138,9 @@ class AbstractCondition(OneLine, eqx.Module):
         """Raise unless `out`, what `fn` returns as shapes, is what the condition takes."""
 
     def __call__(self, x: PyTree, theta: PyTree) -> Any:
-        """The user's function, with its data if the level has any."""
-        return call(self.fn, "inner", self.primal(x), theta, self.data)
+        """The user's function, with its data if the level has any, without what it adds as aux."""
+        out = call(self.fn, "inner", self.primal(x), theta, self.data)
+        return out[0] if getattr(self, "has_aux", False) else out
 
 
 class Minimum(AbstractCondition):
@@ -163,10 +164,6 @@ class Minimum(AbstractCondition):
 
     def __check_init__(self) -> None:
         _check_modulus(self.strong_convexity)
-
-    def __call__(self, x: PyTree, theta: PyTree) -> Scalar:
-        out = super().__call__(x, theta)
-        return out[0] if self.has_aux else out
 
     @property
     def objective(self) -> Callable[[PyTree, PyTree], Scalar]:
@@ -197,10 +194,6 @@ class LeastSquares(AbstractCondition):
     def __check_init__(self) -> None:
         _check_modulus(self.strong_convexity)
 
-    def __call__(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
-        out = super().__call__(x, theta)
-        return out[0] if self.has_aux else out
-
     @property
     def residuals(self) -> Callable[[PyTree, PyTree], PyTree[Array]]:
         return self.__call__
@@ -229,8 +222,7 @@ class Root(AbstractCondition):
     is_symmetric: ClassVar[bool] = False
 
     def __call__(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
-        out = super().__call__(x, theta)
-        return _like(out[0] if self.has_aux else out, x)
+        return _like(super().__call__(x, theta), x)
 
     def residual(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
         return self(x, theta)
@@ -251,8 +243,7 @@ class FixedPoint(AbstractCondition):
     is_symmetric: ClassVar[bool] = False
 
     def __call__(self, x: PyTree, theta: PyTree) -> PyTree[Array]:
-        out = super().__call__(x, theta)
-        return _like(out[0] if self.has_aux else out, x)
+        return _like(super().__call__(x, theta), x)
 
     @property
     def iteration(self) -> Callable[[PyTree, PyTree], PyTree[Array]]:

@@ -113,19 +113,15 @@ class ProximalMinimum(AbstractCondition):
     def __call__(self, x: PyTree, theta: PyTree) -> Scalar:
         parts = self.predictors(x, theta)
         if parts is None:
-            return self._smooth(x, theta)
+            return super().__call__(x, theta)
         return parts.rest([product(num_columns(x), m, x) for m in parts.matrices])
-
-    def _smooth(self, x: PyTree, theta: PyTree) -> Scalar:
-        out = super().__call__(x, theta)
-        return out[0] if self.has_aux else out
 
     def predictors(self, x: PyTree, theta: PyTree) -> Predictors | None:
         """`fn` as a function of products with x, where that is many entries, most of them zero."""
         is_wide = eqx.is_array(x) and x.ndim == 1 and x.size >= _WIDE
         if not (is_wide and self.prox.leaves_few):
             return None
-        return predictors(lambda x: self._smooth(x, theta), x)
+        return predictors(lambda x: super(ProximalMinimum, self).__call__(x, theta), x)
 
     def check_output(self, out: Any, x: PyTree) -> None:
         del x
