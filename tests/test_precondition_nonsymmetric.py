@@ -146,7 +146,11 @@ def in_single_precision(x, theta):
     return lambda r: inverse @ r.astype(np.float32)
 
 
-@pytest.mark.parametrize("preconditioner", [with_scan, with_own_transpose, in_single_precision])
+# Older JAX transposes no scan without a carry; the error then names what to write instead.
+SCAN = pytest.param(with_scan, marks=pytest.mark.skipif(jax.__version_info__ < (0, 8), reason=""))
+
+
+@pytest.mark.parametrize("preconditioner", [SCAN, with_own_transpose, in_single_precision])
 def test_many_ways_to_write_a_linear_function(preconditioner):
     problem, _, theta, x, grad = case("root")
     rule = rule_with(preconditioner, num_steps=4)

@@ -148,7 +148,7 @@ def _reach_table(length: int, num_checkpoints: int) -> np.ndarray:
 def _steps_ahead(reach: Any, length: Any, room: Any, xp: Any = jnp) -> Any:
     """How far to go from a kept carry, `length` steps before the end, `room` carries free."""
     reach = xp.asarray(reach, xp.int32)
-    passes = xp.sum(reach[room + 1] < length)
+    passes = xp.sum(reach[room + 1] < length, dtype=xp.int32)
     fewest = xp.where(passes >= 2, reach[room + 1, xp.maximum(passes - 2, 0)], 1)
     ahead = xp.maximum(length - reach[room, passes], fewest)
     return xp.where(room == 0, length - 1, xp.minimum(ahead, length - 1))

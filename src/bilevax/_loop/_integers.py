@@ -41,7 +41,9 @@ def precision(value: Scalar) -> float:
 def power_of_two(size: Scalar) -> Scalar:
     """A power of two that makes `size` a number of `START_BITS` bits."""
     exponent = jnp.ceil(jnp.log2(jnp.where(size > 0, size, 1)))
-    return jnp.exp2(START_BITS - jnp.where(jnp.isfinite(exponent), exponent, 0))
+    exponent = START_BITS - jnp.where(jnp.isfinite(exponent), exponent, 0)
+    # Not `exp2`, which is no power of two on older JAX.
+    return jnp.ldexp(jnp.ones_like(size), exponent.astype(jnp.int32))
 
 
 def to_int(tree: PyTree, scale: Scalar) -> PyTree:

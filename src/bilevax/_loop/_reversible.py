@@ -225,7 +225,9 @@ def _step_back(apply: Callable, kept: _Kept, now: _Now) -> _Now:
 def _gradient(apply: Callable, kept: _Kept, now: _Now) -> tuple[PyTree, Bool[Array, ""]]:
     """G(X): the momentum after a step that starts with none."""
     no_trace = now.integers._replace(trace=tree_zeros_like(now.integers.trace))
-    _, trace = _float_parts(apply(_state_at(kept, no_trace, now.num_steps)))
+    # Alone, and not fused with what surrounds it: forwards and backwards rounded alike.
+    state = jax.lax.optimization_barrier(_state_at(kept, no_trace, now.num_steps))
+    _, trace = _float_parts(jax.lax.optimization_barrier(apply(state)))
     return to_int(trace, kept.scales[1]), largest(trace) * kept.scales[1] < _LARGEST
 
 

@@ -28,7 +28,7 @@ def reaching(jaxpr: Any, wanted: list[bool] | None = None) -> list[bool]:
     needed = {id(v) for v, is_wanted in zip(jaxpr.outvars, wanted, strict=True) if is_wanted}
     for equation in reversed(jaxpr.eqns):
         results = [id(v) in needed for v in equation.outvars]
-        if not any(results):
+        if not any(results) or _is_one(equation):
             continue
         uses = [True] * len(equation.invars)
         called = equation.params.get("jaxpr") if equation.primitive.name in _CALLS else None
@@ -37,3 +37,8 @@ def reaching(jaxpr: Any, wanted: list[bool] | None = None) -> list[bool]:
             uses = reaching(called, results)
         needed |= {id(v) for v, is_used in zip(equation.invars, uses, strict=True) if is_used}
     return [id(v) in needed for v in jaxpr.invars]
+
+
+def _is_one(equation: Any) -> bool:
+    """Whether it is a zeroth power, with which older JAX differentiates a square."""
+    return equation.primitive.name == "integer_pow" and equation.params["y"] == 0
