@@ -116,3 +116,11 @@ def test_what_it_cannot_solve_is_refused():
             bx.hypergradient(problem, jnp.zeros(size), 0.0, inner_solver=solver)
     with pytest.raises(ValueError, match="num_steps"):
         bx.CoordinateDescent(0)
+
+
+def test_what_it_costs_is_counted():
+    condition = bx.ProximalMinimum(loss, bx.prox.L1(0.1), (X, Y))
+    solver = bx.CoordinateDescent(7)
+    solution = jax.jit(lambda x: solver.solve(condition, x, None, None)[0])(jnp.zeros(12))
+    assert int(solution.counts.num_gradients) == 7 + 1  # and one to judge it
+    assert int(solution.counts.num_hessian_products) >= 12

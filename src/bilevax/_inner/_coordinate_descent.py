@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree, Scalar
+from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from .._problem import AbstractCondition
 from .._problem._fixed import is_fixed
@@ -20,6 +20,7 @@ from .._tree import (
     tree_to_flat,
     tree_zeros_like,
 )
+from ._base import Counts
 from ._proximal_steps import AbstractProximalSteps, proximal
 
 # The Hessian is formed: 128 MiB in float64.
@@ -95,6 +96,9 @@ class CoordinateDescent(AbstractProximalSteps):
         hessian = _quadratic(condition, x0, theta)(tree_zeros_like(x0))
         solver = eqx.tree_at(lambda s: s.hessian, self, hessian, is_leaf=lambda a: a is None)
         return solver, condition.with_step_at(x0, theta)
+
+    def counts(self, num_steps: Int[Array, ""], x: PyTree) -> Counts:
+        return Counts(gradients=num_steps, hessian=tree_size(x))
 
     def start(
         self, condition: AbstractCondition, x0: PyTree, theta: PyTree, state: PyTree

@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, PyTree, Scalar
+from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from .._checks import check_positive, check_tolerance
 from .._problem import AbstractCondition
@@ -69,8 +69,13 @@ class AbstractProximalSteps(AbstractSteppingSolver):
         solver, condition = self.prepared(minimum, x0, theta)
         carry, count = run(solver, condition, theta, solver.start(condition, x0, theta, state))
         x, _ = self.finish(condition, carry)
-        counts = Counts(gradients=2 * count)
+        counts = self.counts(count, x0)
         return measure(condition, x, x0, theta, self.rtol, self.atol, count, counts), None
+
+    def counts(self, num_steps: Int[Array, ""], x: PyTree) -> Counts:
+        """What the steps cost."""
+        del x
+        return Counts(gradients=2 * num_steps)
 
     def tolerance_at_start(self, condition: Any, x0: PyTree, theta: PyTree) -> Scalar:
         """A guess, to be measured where it decides; zero where all steps are taken."""
