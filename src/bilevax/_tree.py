@@ -164,6 +164,20 @@ def map_rows(
     )
 
 
+def closure_convert(fn: Callable, *example: PyTree) -> Any:
+    """`fn`, traced, with what it closes over as leaves: Equinox' closure conversion.
+
+    As of JAX 0.12 a program holds its constants, traced ones too, which would outlive their
+    trace with it: they are leaves already.
+    """
+
+    def bare(leaf: Any) -> Any:
+        is_holding = _is_jaxpr(leaf) and hasattr(leaf, "with_consts")
+        return leaf.with_consts([None] * leaf.num_consts) if is_holding else leaf
+
+    return jtu.tree_map(bare, eqx.filter_closure_convert(fn, *example))
+
+
 def _traced(fn: Callable[[PyTree], PyTree], like: PyTree) -> Callable[[PyTree], PyTree]:
     # Equinox' closure conversion compares types, and in `jax.shard_map` a row has another one.
     program, out = jax.make_jaxpr(fn, return_shape=True)(like)

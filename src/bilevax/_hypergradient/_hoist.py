@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._reach._tokens import Whole
+from .._tree import closure_convert
 
 
 @jtu.register_pytree_node_class
@@ -24,7 +25,7 @@ class Hoisted:
 
     def __init__(self, fn: Callable, *args: PyTree) -> None:
         # Equinox leaves a function without a closure as it is, global names and all.
-        converted = eqx.filter_closure_convert(partial(fn), *args)
+        converted = closure_convert(partial(fn), *args)
         leaves, treedef = jtu.tree_flatten(converted)
         self.arrays = [leaf for leaf in leaves if eqx.is_array(leaf)]
         self.program = _Program(treedef, [None if eqx.is_array(a) else a for a in leaves])

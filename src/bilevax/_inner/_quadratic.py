@@ -253,7 +253,7 @@ def _on_host(run: Callable, program: Matrices) -> tuple[Array, Array, Array]:
 
     def host(program: Matrices) -> tuple[np.ndarray, ...]:
         Q, q, A, b, G, h = (np.asarray(part, np.float64) for part in program)
-        upper = sparse.triu(Q).tocsc()
+        upper = sparse.csc_matrix(np.triu(Q))
         found = run(_Sparse(upper, q, sparse.csc_matrix(np.concatenate([A, G])), b, h))
         # What has failed may have no numbers to give.
         return tuple(

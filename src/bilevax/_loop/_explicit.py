@@ -11,7 +11,7 @@ from jax.interpreters import partial_eval
 from jaxtyping import Array, PyTree
 
 from .._jit import standard_promotion
-from .._tree import is_symbolic
+from .._tree import closure_convert, is_symbolic
 from ._probe import Probe
 
 # In this file a carry is in two parts: its floating-point arrays, which have an adjoint,
@@ -51,7 +51,7 @@ class WayBack(NamedTuple):
 
 def explicit_step(step: Callable[[PyTree], PyTree], carry: PyTree[Array]) -> ExplicitStep:
     """`step` and `carry`, taken apart."""
-    converted = eqx.filter_closure_convert(step, carry)
+    converted = closure_convert(step, carry)
     varying, others = eqx.partition(converted, eqx.is_inexact_array)
     fixed, static = eqx.partition(others, eqx.is_array)
 

@@ -8,6 +8,7 @@ import jax
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from .._tree import closure_convert
 from ._forward import Arrays, Flat, by_forward
 from ._mode import Mode
 from ._refusal import no_derivative
@@ -27,7 +28,7 @@ class OneMode(eqx.Module):
 
     def __call__(self, *args: PyTree) -> Any:
         # What the function closes over may be traced, and differentiated, too.
-        converted = eqx.filter_closure_convert(self.fn, *args)
+        converted = closure_convert(self.fn, *args)
         operands, static = eqx.partition((converted, args), eqx.is_array)
         leaves, structure = jtu.tree_flatten(operands)
 

@@ -15,6 +15,7 @@ from .._inner._default import as_inner_solver
 from .._jit import lean_jit
 from .._problem import Bilevel, check_values, start_at
 from .._results import RESULTS
+from .._tree import closure_convert
 from ._base import AbstractMethod
 from ._best import Best
 from ._evaluation import Evaluation
@@ -78,7 +79,7 @@ def _chunk(
         return eqx.filter((method.step(problem, state, seen), best), eqx.is_array)
 
     example = (dynamic, jnp.array(True), first_row)
-    evaluate = eqx.filter_closure_convert(evaluate, *example)  # traced once
+    evaluate = closure_convert(evaluate, *example)  # traced once
     struct = eqx.filter_eval_shape(evaluate, *example)[1]
     # One row of numbers an evaluation: a dozen small arrays would compile to a dozen kernels.
     buffers = jax.tree_util.tree_map(
