@@ -201,6 +201,7 @@ def test_too_many_variables_for_forward_mode():
         bx.hypergradient(problem, jnp.zeros(70), jnp.zeros(70))
 
 
+@pytest.mark.skipif(jax.__version_info__[:2] == (0, 7), reason="JAX 0.7 itself fails there")
 def test_a_loop_of_the_user_can_be_a_scan():
     def fourth_power(z):
         done = jax.lax.while_loop(
