@@ -196,6 +196,26 @@ def test_a_kink_of_a_set_of_optax():
         assert grad is None or float(found.grad) == pytest.approx(grad, abs=1e-9)
 
 
+def test_a_kink_between_two_parts_of_a_model():
+    """`a - b <= theta`, entry by entry the same in both parts."""
+
+    def prox(z, step, theta):
+        del step
+        excess = 0.5 * jnp.maximum(z["a"] - z["b"] - theta, 0)
+        return {"a": z["a"] - excess, "b": z["b"] + excess}
+
+    def distance(x, theta):
+        del theta
+        return 0.5 * (jnp.sum((x["a"] - 1.0) ** 2) + jnp.sum(x["b"] ** 2))
+
+    condition = bx.ProximalMinimum(distance, bx.prox.Own(lambda x, t: jnp.zeros(()), prox))
+    problem = bx.Bilevel(condition, lambda x, theta: jnp.sum(x["a"]))
+    start = {"a": jnp.ones(3), "b": jnp.zeros(3)}
+    for bound, name in ((0.9, "successful"), (1.0, "at_kink"), (1.1, "successful")):
+        found, _ = bx.hypergradient(problem, start, jnp.asarray(bound), throw=False)
+        assert found.result == name
+
+
 # ---- hypergradients ------------------------------------------------------------------
 
 # One of each way to say what a piece is: the second derivative follows from that.

@@ -291,6 +291,14 @@ def weights_like(x: Array, first: Array | int) -> Array:
     return (signs * magnitudes).astype(x.dtype).reshape(x.shape)
 
 
+def tree_weights(a: PyTree, start: Array | int) -> PyTree:
+    """`weights_like` all entries, one leaf after the other, those of the sequence from `start`."""
+    leaves, structure = jtu.tree_flatten(a)
+    firsts = [sum(leaf.size for leaf in leaves[:k]) for k in range(len(leaves))]
+    weights = [weights_like(x, start + first) for x, first in zip(leaves, firsts, strict=True)]
+    return jtu.tree_unflatten(structure, weights)
+
+
 def _hashes(size: int, first: Array | int = 0) -> Array:
     """Multiplicative hashes of the numbers from `first` on."""
     i = jnp.asarray(first, jnp.uint32) + jnp.arange(size, dtype=jnp.uint32)

@@ -131,8 +131,8 @@ class CoordinateDescent(AbstractProximalSteps):
         (flat, g), _ = jax.lax.scan(move, (flat, g), (jnp.arange(flat.size), lengths, hessian))
         x = flat_to_tree(flat, x)
         if not self.is_fixed_length:
-            at, g, fixed, fixed_theta = stop_gradient((x, g, minimum, theta))
-            z = flat_to_tree(tree_to_flat(at) - step * g, at)
+            z = flat_to_tree(flat - step * g, x)
+            at, z, fixed, fixed_theta = stop_gradient((x, z, minimum, theta))
             moved = fixed.proximal_step(z, fixed_theta, step)
             residual = tree_norm(tree_sub(at, moved)) / step
             tolerance, done = self.judged(fixed, at, fixed_theta, residual, tolerance)

@@ -31,7 +31,7 @@ from .._tree import (
     tree_norm,
     tree_scale,
     tree_size,
-    weights_like,
+    tree_weights,
 )
 
 
@@ -126,10 +126,7 @@ def _weighted(z: PyTree[Array], start: Array) -> PyTree[Array]:
     Signs alone are not enough: in a row of three entries, of a chain, every fourth pattern
     has equal signs, and what cancels in `H z` cancels again.
     """
-    leaves, structure = jtu.tree_flatten(z)
-    firsts = [sum(leaf.size for leaf in leaves[:k]) for k in range(len(leaves))]
-    weighted = [a * weights_like(a, start + first) for a, first in zip(leaves, firsts, strict=True)]
-    return jtu.tree_unflatten(structure, weighted)
+    return jtu.tree_map(jnp.multiply, z, tree_weights(z, start))
 
 
 def norm(a: PyTree[Array]) -> Scalar:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree, Scalar
 
-from .._tree import stop_gradient, tree_jump, tree_norm, tree_scale, weights_like
+from .._tree import stop_gradient, tree_jump, tree_norm, tree_scale, tree_size, tree_weights
 from ._base import (
     AbstractLeafwise,
     AbstractProx,
@@ -176,13 +176,13 @@ class Own(AbstractProx):
             return jax.jvp(lambda z: self.prox(z, step, theta), (z,), (direction,))[1]
 
         def jumps(first: int) -> Bool[Array, ""]:
-            direction = jtu.tree_map(partial(weights_like, first=first), z)
+            direction = tree_weights(z, first)
             jump = tree_jump(
                 partial(derivative, direction=direction), z, tree_scale(distance, direction)
             )
             return jump > _JUMP * tree_norm(direction)
 
-        return jumps(0) | jumps(1)  # one may be along the kink
+        return jumps(0) | jumps(tree_size(z))  # one may be along the kink
 
 
 class PerLeaf(AbstractProx):
